@@ -1,0 +1,133 @@
+"""The contract of every student."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import Tensor
+
+from vkd.errors import ConfigError
+from vkd.metrics.cost import num_parameters
+from vkd.models import ModelSpec, build
+from vkd.students import STUDENTS
+from vkd.students.base import FEATURES, Student
+from vkd.students.tiny_vit import tubelets
+
+HEADS = {"logits": 11, "embedding": 7}
+SHAPES = [(4, 32), (8, 16), (2, 64)]
+
+
+def student(name: str, heads: dict[str, int] | None = None, **options: object) -> Student:
+    torch.manual_seed(0)
+    spec = ModelSpec(name=name, options={"num_frames": 4, "size_px": 32} | options)
+    built: Student = build(spec, STUDENTS, "student", heads=HEADS if heads is None else heads)
+    return built
+
+
+def clips(count: int = 3, num_frames: int = 4, size_px: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, num_frames, size_px, size_px, 3), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(("num_frames", "size_px"), SHAPES)
+@pytest.mark.parametrize("name", STUDENTS)
+def test_output_shapes(name: str, num_frames: int, size_px: int) -> None:
+    model = student(name, num_frames=num_frames, size_px=size_px)
+    outputs = model(clips(3, num_frames, size_px))
+    assert {label: tuple(x.shape) for label, x in outputs.items()} == {
+        FEATURES: (3, model.num_features),
+        "logits": (3, 11),
+        "embedding": (3, 7),
+    }
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in outputs.values())
+    assert (model.sampling.num_frames, model.sampling.size_px) == (num_frames, size_px)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_gradient_reaches_every_parameter(name: str) -> None:
+    model = student(name)
+    outputs = model(clips())
+    (outputs["logits"].square().sum() + outputs["embedding"].square().sum()).backward()
+    without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_an_example_does_not_depend_on_its_neighbours(name: str, training: bool) -> None:
+    model, frames = student(name).train(training), clips(4)
+    together = model(frames)
+    for i in range(4):
+        alone = model(frames[i : i + 1])
+        for label, x in alone.items():
+            torch.testing.assert_close(x[0], together[label][i], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_order_of_frames_matters(name: str) -> None:
+    model, frames = student(name), clips()
+    assert not torch.allclose(model(frames)[FEATURES], model(frames.flip(1))[FEATURES], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_deterministic(name: str) -> None:
+    first, second = student(name), student(name)
+    for label, x in first(clips()).items():
+        assert torch.equal(x, first(clips())[label])
+        assert torch.equal(x, second(clips())[label])
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_state_dict_round_trip(name: str) -> None:
+    model, file = student(name), io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = student(name)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for label, x in model(clips()).items():
+        assert torch.equal(x, other(clips())[label])
+    assert all(x.is_contiguous() for x in model.state_dict().values())  # safetensors refuses others
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "millions"),
+    [
+        ("shift_cnn", "small", 0.31),
+        ("shift_cnn", "medium", 1.06),
+        ("shift_cnn", "large", 2.98),
+        ("tiny_vit", "small", 0.88),
+        ("tiny_vit", "medium", 1.90),
+    ],
+)
+def test_number_of_parameters(name: str, size: str, millions: float) -> None:
+    backbone = student(name, heads={}, size=size, num_frames=8, size_px=64)
+    assert num_parameters(backbone) == pytest.approx(millions * 1e6, rel=0.1)
+    with_heads = student(name, size=size, num_frames=8, size_px=64)
+    assert num_parameters(with_heads) - num_parameters(backbone) == (backbone.num_features + 1) * 18
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_wrong_sizes_are_refused(name: str) -> None:
+    model = student(name)
+    with pytest.raises(ValueError, match="8 frames of 32x32 px, the model takes 4 frames of 32x32 px"):
+        model(clips(1, 8, 32))
+    with pytest.raises(ValueError, match="4 frames of 64x64 px"):
+        model(clips(1, 4, 64))
+    with pytest.raises(ConfigError, match="'huge'"):
+        student(name, size="huge")
+
+
+def test_tubelets_must_divide_the_clip() -> None:
+    with pytest.raises(ConfigError, match="num_frames 3 must be a multiple of 2 and size_px 32 of 8"):
+        student("tiny_vit", num_frames=3)
+
+
+def test_tubelets_equal_a_loop() -> None:
+    x = torch.randn(2, 4, 3, 24, 24)
+    expected = [x[:, t : t + 2, :, i : i + 8, j : j + 8].flatten(1) for t in (0, 2) for i in (0, 8, 16) for j in (0, 8, 16)]
+    assert torch.equal(tubelets(x), torch.stack(expected, dim=1))

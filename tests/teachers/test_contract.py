@@ -1,0 +1,153 @@
+"""The contract of teachers/base.py, kept by every registered teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vkd import checkpoint, models
+from vkd.errors import ConfigError, TeacherError
+from vkd.models import ModelSpec
+from vkd.schema import Columns
+from vkd.students import STUDENTS
+from vkd.teachers import TEACHERS
+from vkd.teachers.base import FRAMES, Teacher
+
+Options = dict[str, Any]
+
+
+def exported_student(folder: Path, seed: int = 0) -> str:
+    """The folder of a small student with two heads and random weights."""
+    torch.manual_seed(seed)
+    spec = ModelSpec(name="shift_cnn", options={"num_frames": 4, "size_px": 32})
+    student = models.build(spec, STUDENTS, "student", heads={"logits": 10, "embedding": 16})
+    checkpoint.export(student, spec, str(folder), {})
+    return str(folder)
+
+
+# for each teacher: the options to test it with, and others that must change its identity
+CASES: dict[str, tuple[Callable[[Path], Options], list[Callable[[Path], Options]]]] = {
+    "efficientnet_lite": (
+        lambda tmp: {"num_frames": 2},
+        [lambda tmp: {"pool": "max"}, lambda tmp: {"precision": "bf16"}, lambda tmp: {"variant": 1}],
+    ),
+    "student": (lambda tmp: {"path": exported_student(tmp / "a")}, [lambda tmp: {"path": exported_student(tmp / "b", seed=1)}]),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Options, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, CASES[request.param][0](folder), folder
+
+
+@pytest.fixture(scope="module")
+def teacher(case: tuple[str, Options, Path]) -> Teacher:
+    name, options, _ = case
+    teacher = build(name, options)
+    teacher.load("cpu")
+    return teacher
+
+
+def build(name: str, options: Options) -> Teacher:
+    built: Teacher = models.build(ModelSpec(name=name, options=options), TEACHERS, "teacher")
+    return built
+
+
+def clips(teacher: Teacher, num_clips: int) -> Columns:
+    """Noise of growing contrast, read-only as Ray's batches are."""
+    s = teacher.sampling
+    rng = np.random.default_rng(0)
+    frames = np.stack([rng.integers(0, 20 * (i + 1), (s.num_frames, s.size_px, s.size_px, 3), np.uint8) for i in range(num_clips)])
+    frames.flags.writeable = False
+    return {FRAMES: frames}
+
+
+def test_every_registered_teacher_is_tested() -> None:
+    assert set(CASES) == set(TEACHERS)
+
+
+def test_output_is_what_emits_says(teacher: Teacher) -> None:
+    batch = clips(teacher, 2)
+    out = teacher(batch)
+    assert set(out) == {*teacher.emits, FRAMES}
+    assert out[FRAMES] is batch[FRAMES]
+    for name, tensor in teacher.emits.items():
+        assert out[name].dtype == tensor.dtype
+        assert out[name].shape == (2, *tensor.shape)
+        assert np.isfinite(out[name]).all()
+        assert not np.allclose(out[name][0], out[name][1], atol=1e-4)
+
+
+def test_input_is_left_alone(teacher: Teacher) -> None:
+    batch = clips(teacher, 1) | {"other": np.arange(1)}
+    before = batch[FRAMES].copy()
+    out = teacher(batch)
+    assert set(batch) == {FRAMES, "other"}
+    np.testing.assert_array_equal(batch[FRAMES], before)
+    np.testing.assert_array_equal(out["other"], batch["other"])
+
+
+def test_empty_batch(teacher: Teacher) -> None:
+    out = teacher({FRAMES: clips(teacher, 1)[FRAMES][:0]})
+    for name, tensor in teacher.emits.items():
+        assert out[name].shape == (0, *tensor.shape)
+
+
+def test_probe_is_deterministic(case: tuple[str, Options, Path], teacher: Teacher) -> None:
+    name, options, _ = case
+    again = build(name, options)
+    again.load("cpu")
+    first, second, other = teacher(teacher.probe_batch()), teacher(teacher.probe_batch()), again(again.probe_batch())
+    for label in teacher.emits:
+        np.testing.assert_array_equal(first[label], second[label])
+        np.testing.assert_array_equal(first[label], other[label])
+
+
+def test_rows_do_not_depend_on_their_batch(teacher: Teacher) -> None:
+    batch = clips(teacher, 5)
+    together = teacher(batch)
+    for i in range(5):
+        alone = teacher({FRAMES: batch[FRAMES][i : i + 1]})
+        for name in teacher.emits:
+            np.testing.assert_allclose(alone[name][0], together[name][i], atol=1e-4)
+
+
+def test_identity_is_stable_and_names_what_decides(case: tuple[str, Options, Path]) -> None:
+    name, options, folder = case
+    identity = build(name, options).identity()
+    assert json.loads(json.dumps(identity)) == identity == build(name, options).identity()
+    assert identity["name"] == name
+    assert identity["version"] == build(name, options).version
+    assert identity == build(name, options | {"batch_size": 3}).identity()
+    assert str(folder) not in json.dumps(identity)
+    for change in CASES[name][1]:
+        assert build(name, options | change(folder)).identity() != identity
+
+
+def test_nothing_of_a_loaded_teacher_learns(teacher: Teacher) -> None:
+    modules = [value for value in vars(teacher).values() if isinstance(value, torch.nn.Module)]
+    assert modules
+    for module in modules:
+        assert not any(part.training for part in module.modules())
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_use_before_load_is_refused(case: tuple[str, Options, Path]) -> None:
+    name, options, _ = case
+    fresh = build(name, options)
+    with pytest.raises(TeacherError, match="not loaded"):
+        fresh(fresh.probe_batch())
+
+
+def test_unknown_option_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="it takes variant"):
+        build("efficientnet_lite", {"varient": 1})
+    with pytest.raises(ConfigError, match="variant is 7"):
+        build("efficientnet_lite", {"variant": 7})

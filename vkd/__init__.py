@@ -1,0 +1,1 @@
+"""Distil large frozen video models into small students on unlabelled video, on Ray."""

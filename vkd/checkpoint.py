@@ -1,0 +1,130 @@
+"""Checkpoints and exports: safetensors and JSON, written whole, never pickled objects.
+
+`<output>/attempts/<time-ordered id>/step-<n>/` holds one checkpoint; its `DONE` file comes last. Every start of training
+is a new attempt that reads the newest DONE of any attempt and writes only into its own folder.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from vkd import models
+from vkd.errors import ConfigError, StorageError
+from vkd.models import ModelSpec
+from vkd.store import files
+from vkd.students import STUDENTS
+from vkd.students.base import Student
+
+FORMAT_VERSION = 1
+WEIGHTS, OPTIMIZER, STATE, DONE, CONFIG = "model.safetensors", "optimizer.pt", "state.json", "DONE", "config.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """The next round to train, and the optimizer steps and examples done before it."""
+
+    epoch: int = 0
+    round: int = 0
+    step: int = 0
+    num_examples: int = 0
+
+
+def new_attempt(output: str) -> str:
+    """The folder of a new attempt; ids sort by time."""
+    return files.join(output, "attempts", f"{time.time_ns():020d}-{uuid.uuid4().hex[:6]}")
+
+
+def newest(output: str) -> str | None:
+    """The finished checkpoint with the most steps, of any attempt; None before the first."""
+    done = _finished(output)
+    return done[-1] if done else None
+
+
+def _finished(output: str) -> list[str]:
+    """Finished checkpoints, oldest first."""
+    root = files.join(output, "attempts")
+    found = []
+    for attempt in files.list_names(root):
+        for name in files.list_names(files.join(root, attempt)):
+            folder = files.join(root, attempt, name)
+            if name.startswith("step-") and files.exists(files.join(folder, DONE)):
+                found.append((int(name.removeprefix("step-")), attempt, folder))
+    return [folder for _, _, folder in sorted(found)]
+
+
+def save(attempt: str, position: Position, distiller: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write one checkpoint; it counts once DONE is there."""
+    folder = files.join(attempt, f"step-{position.step:09d}")
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    files.put(files.join(folder, WEIGHTS), _weights(distiller))
+    files.put(files.join(folder, OPTIMIZER), buffer.getvalue())
+    files.put(files.join(folder, STATE), json.dumps({"format_version": FORMAT_VERSION, "position": asdict(position)}).encode())
+    files.put(files.join(folder, DONE), b"")
+
+
+def restore(folder: str, distiller: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+    """Load a finished checkpoint into both; the position to go on from."""
+    state = json.loads(files.read(files.join(folder, STATE)))
+    _load_weights(distiller, folder)
+    loaded = torch.load(io.BytesIO(files.read(files.join(folder, OPTIMIZER))), weights_only=True)
+    optimizer.load_state_dict(loaded)
+    return Position(**state["position"])
+
+
+def prune(output: str, keep: int) -> None:
+    """Delete all but the newest `keep` finished checkpoints."""
+    for folder in _finished(output)[:-keep]:
+        files.delete(files.join(folder, DONE))  # first, so that no half-deleted checkpoint is ever read
+        files.delete(folder)
+
+
+def export(student: Student, spec: ModelSpec, folder: str, extra: dict[str, Any]) -> None:
+    """Write a student that `load_student` loads back, without Ray; `extra` is recorded beside it."""
+    heads = {name: head.out_features for name, head in student.heads.items()}
+    config = {
+        "format_version": FORMAT_VERSION,
+        "student": spec.model_dump(),
+        "heads": heads,
+        "sampling": student.sampling.model_dump(mode="json"),
+        **extra,
+    }
+    files.put(files.join(folder, WEIGHTS), _weights(student))
+    files.put(files.join(folder, CONFIG), json.dumps(config, indent=1).encode())
+
+
+def load_student(folder: str) -> Student:
+    """An exported student in eval mode, on the CPU. Raises ConfigError when the folder holds none."""
+    try:
+        config = json.loads(files.read(files.join(folder, CONFIG)))
+    except FileNotFoundError as error:
+        raise ConfigError("holds no exported student", where=folder, action="vkd distill RUN, then name its student folder") from error
+    spec = ModelSpec.model_validate(config["student"])
+    student: Student = models.build(spec, STUDENTS, "student", heads=config["heads"])
+    _load_weights(student, folder)
+    return student.eval()
+
+
+def _weights(module: nn.Module) -> bytes:
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()})
+
+
+def _load_weights(module: nn.Module, folder: str) -> None:
+    try:
+        module.load_state_dict(safetensors.torch.load(files.read(files.join(folder, WEIGHTS))))
+    except (SafetensorError, pickle.UnpicklingError) as error:
+        raise StorageError(f"{WEIGHTS} is damaged: {error}", where=folder, action="delete this folder, then run the same command again") from error
+    except RuntimeError as error:
+        raise ConfigError(f"the weights do not fit the model: {str(error).splitlines()[-1].strip()}", where=folder,
+                          action="use the recipe that made them, or another output") from error

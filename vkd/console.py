@@ -1,0 +1,89 @@
+"""What a person sees: progress while it runs, a table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:  # commands that only list must not import torch
+    from vkd.labelling import LabelReport
+    from vkd.loop import RoundReport
+
+SILENCE_S = 10.0  # without a terminal, a line at most this often
+
+
+class Screen:
+    """A pipeline's watcher: a live bar on a terminal, now and then a line elsewhere. With `json` all goes to stderr."""
+
+    def __init__(self, *, json: bool = False) -> None:
+        self.console = Console(stderr=json, highlight=False, soft_wrap=True)
+        self.seconds: dict[str, float] = {}
+        self._stage, self._started_s, self._printed_s = "", time.monotonic(), 0.0
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def stage(self, name: str) -> None:
+        """A new stage begins; the one before it is over."""
+        self.close()
+        self._stage, self._started_s, self._printed_s = name, time.monotonic(), time.monotonic()
+        if self.console.is_terminal:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task(f"{name}: starting", total=None)
+            self._bar.start()
+
+    def close(self) -> None:
+        """End the stage: no bar is left, its seconds are kept."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._stage:
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + time.monotonic() - self._started_s
+            self._stage = ""
+
+    def probed(self, done: int, total: int) -> None:
+        self._show(f"manifest: probed {done} of {total} videos", done, total)
+
+    def labelled(self, report: LabelReport) -> None:
+        rejected = "".join(f", {count} rejected ({kind})" for kind, count in report.rejected.most_common())
+        speed = report.done / max(report.wall_s, 1e-9)
+        done = report.present + report.done
+        self._show(f"label: {done} of {report.planned} clips{rejected}, {speed:.1f}/s", done, report.planned)
+
+    def trained(self, report: RoundReport) -> None:
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
+        speed = f"{report.examples_per_s:.1f} clips/s  data-wait {report.wait_fraction:.1%}"
+        lost = f"  {report.unreadable} unreadable" if report.unreadable else ""
+        text = f"distill: epoch {report.epoch + 1}  step {report.step} of {report.num_steps}  {losses}  {speed}{lost}"
+        self._show(text, report.step, report.num_steps)
+
+    def _show(self, text: str, done: int, total: int) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=text, completed=done, total=total)
+        elif done >= total or time.monotonic() - self._printed_s > SILENCE_S:
+            self._printed_s = time.monotonic()
+            self.console.print(text)
+
+    def line(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table that stays; the first column is text, the others are numbers."""
+        table = Table(title=title, title_justify="left")
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def timings(self, extra: Mapping[str, str]) -> None:
+        """Seconds of each stage on one line."""
+        self.close()
+        stages = "  ".join(f"{name} {seconds:.1f} s{extra.get(name, '')}" for name, seconds in self.seconds.items())
+        self.line(f"time: {stages}")

@@ -1,0 +1,177 @@
+"""Committed chunks -> batches of tensors: rounds are read ahead, frames come from the store or from the videos."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from vkd import planning, schema
+from vkd.errors import LabelsMissing
+from vkd.planning import FRAMES_ALIAS, Plan
+from vkd.recipes.base import Batch
+from vkd.rounds import Chunk, Round, Row, batches_of_round, rank_slice
+from vkd.run import Run
+from vkd.stages import clip_of, decode_or_reject
+from vkd.store.encodings import decode
+from vkd.store.labelset import LabelSet, Reject
+
+READ_AHEAD_BATCHES = 4
+NUM_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Fed:
+    """One step's input for one rank; `last` ends its round."""
+
+    round: Round
+    batch: Batch
+    num_examples: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """One chunk in memory: each label set's table, which rows every set has labelled, their classes."""
+
+    tables: Mapping[str, pa.Table]
+    usable: np.ndarray
+    classes: np.ndarray
+    examples: pa.Table
+
+
+@dataclass
+class Feeder:
+    """Feeds one rank of a run from its label sets; `split` says which examples.
+
+    `wait_s` is how long the consumer waited for batches; `unreadable` counts clips that were labelled once and no longer decode.
+    """
+
+    run: Run
+    plan: Plan
+    sets: Mapping[str, LabelSet]
+    split: str
+    rank: int = 0
+    world_size: int = 1
+    wait_s: float = 0.0
+    unreadable: int = 0
+    rows: list[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = self.plan.rows(self.split)
+        self.classes = self.plan.classes()
+        self.sampling = planning.student_sampling(self.run)
+        self.tensors = {(alias, name): t for alias, s in self.sets.items() for name, t in s.spec.tensors.items()}
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of this split in each chunk of the plan."""
+        return [len(rows) for rows in self.rows]
+
+    def stream(self, rounds: Sequence[Round], batch_size: int, seed: int) -> Iterator[Fed]:
+        """Every batch of the rounds, in order; the next round is read while this one trains. Adds to `wait_s`."""
+        pending: deque[tuple[Round, int, bool, Future[Batch]]] = deque()
+        with ThreadPoolExecutor(NUM_THREADS) as readers, ThreadPoolExecutor(NUM_THREADS) as makers:
+            ahead = self._read_ahead(rounds, readers)
+            for round_, chunks in ahead:
+                batches = batches_of_round(self.rows, round_, batch_size, seed)
+                for number, batch in enumerate(batches):
+                    mine = rank_slice(batch, self.rank, self.world_size)
+                    made = makers.submit(self._batch, mine, chunks, round_.epoch % self.run.data.views.count)
+                    pending.append((round_, len(batch), number == len(batches) - 1, made))
+                    if len(pending) > READ_AHEAD_BATCHES:
+                        yield self._next(pending)
+            while pending:
+                yield self._next(pending)
+
+    def _next(self, pending: deque[tuple[Round, int, bool, Future[Batch]]]) -> Fed:
+        round_, num_examples, last, made = pending.popleft()
+        started_s = time.monotonic()
+        batch = made.result()
+        self.wait_s += time.monotonic() - started_s
+        return Fed(round_, batch, num_examples, last)
+
+    def _read_ahead(self, rounds: Sequence[Round], pool: ThreadPoolExecutor) -> Iterator[tuple[Round, dict[int, Future[_Loaded]]]]:
+        """Each round with its chunks being read, one round ahead of the one that is asked for."""
+        reading: deque[tuple[Round, dict[int, Future[_Loaded]]]] = deque()
+        for round_ in rounds:
+            view = round_.epoch % self.run.data.views.count
+            reading.append((round_, {i: pool.submit(self._load, self.plan.chunks[i], view) for i in round_.chunks}))
+            if len(reading) > 1:
+                yield reading.popleft()
+        yield from reading
+
+    def _load(self, chunk: Chunk, view: int) -> _Loaded:
+        tables = {alias: label_set.read(view, chunk) for alias, label_set in self.sets.items()}
+        examples = self.plan.examples(chunk)
+        usable = np.ones(examples.num_rows, bool)
+        for table in tables.values():
+            usable &= np.array([status == schema.LABELLED for status in table[schema.STATUS].to_pylist()])
+        return _Loaded(tables, usable, planning.label_numbers(examples, self.classes), examples)
+
+    def _batch(self, rows: Sequence[Row], chunks: Mapping[int, Future[_Loaded]], view: int) -> Batch:
+        """Tensors of the usable rows; one masked row of weight 0 when there are none, so that every rank runs every step."""
+        by_chunk: dict[int, list[int]] = {}
+        for row in rows:
+            if chunks[row.chunk].result().usable[row.row]:
+                by_chunk.setdefault(row.chunk, []).append(row.row)
+        parts = [self._columns(chunks[chunk].result(), np.array(inside), view) for chunk, inside in by_chunk.items()]
+        parts = [part for part in parts if len(part["weight"])]
+        if not parts:
+            parts = [self._masked_row()]
+        return {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+
+    def _columns(self, chunk: _Loaded, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
+        if FRAMES_ALIAS in chunk.tables:
+            frames = np.asarray(decode(chunk.tables[FRAMES_ALIAS], FRAMES_ALIAS, rows))
+        else:
+            rows, frames = self._decode_videos(chunk.examples, rows, view)
+        columns = {schema.FRAMES: frames, schema.LABEL: chunk.classes[rows], "weight": np.ones(len(rows), np.float32)}
+        for alias, name in self.tensors:
+            if alias != FRAMES_ALIAS:
+                columns[f"{alias}.{name}"] = np.array(decode(chunk.tables[alias], name, rows))
+        return columns
+
+    def _decode_videos(self, examples: pa.Table, rows: np.ndarray, view: int) -> tuple[np.ndarray, np.ndarray]:
+        """Frames decoded now; a video that no longer decodes is counted and left out."""
+        found, frames = [], []
+        for row in rows.tolist():
+            clip = clip_of(examples.slice(row, 1).to_pylist()[0], self.run.data.views, view)
+            decoded = decode_or_reject(clip, [self.sampling], self.run.compute.decode.backend)
+            if isinstance(decoded, Reject):
+                self.unreadable += 1
+                continue
+            frames += decoded
+            found.append(row)
+        shape = (0, self.sampling.num_frames, self.sampling.size_px, self.sampling.size_px, 3)
+        return np.array(found, np.int64), np.stack(frames) if frames else np.zeros(shape, np.uint8)
+
+    def _masked_row(self) -> dict[str, np.ndarray]:
+        shape = (1, self.sampling.num_frames, self.sampling.size_px, self.sampling.size_px, 3)
+        columns = {schema.FRAMES: np.zeros(shape, np.uint8), schema.LABEL: np.full(1, -1), "weight": np.zeros(1, np.float32)}
+        for (alias, name), tensor in self.tensors.items():
+            if alias != FRAMES_ALIAS:
+                columns[f"{alias}.{name}"] = np.zeros((1, *tensor.row_shape), np.float32)
+        return columns
+
+
+def open_sets(run: Run, plan: Plan) -> tuple[Plan, dict[str, LabelSet]]:
+    """The run's label sets, and the plan cut to what they hold.
+
+    Raises LabelsMissing, with the command that makes them, unless `labels.allow_partial`.
+    """
+    teachers = planning.build_teachers(run.recipe.teachers)
+    sets = {alias: LabelSet.open(run.labels.store, spec) for alias, spec in planning.label_specs(run, teachers).items()}
+    lacking = {
+        chunk for label_set in sets.values() for view in range(run.data.views.count) for chunk in label_set.missing(view, plan.chunks)
+    }
+    if lacking and not (run.labels.allow_partial and len(lacking) < len(plan.chunks)):
+        what = f"labels of {len(lacking)} of {len(plan.chunks)} chunks are missing"
+        raise LabelsMissing(what, where=run.labels.store, action="vkd label RUN, or set labels.allow_partial=true")
+    return plan.without(lacking), sets

@@ -1,0 +1,192 @@
+"""Labelling on Ray Data: chunks -> decode -> teach -> commit. Each stage commits what it makes, one chunk at a time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from vkd import cluster, planning, stages
+from vkd.clips import ViewPolicy
+from vkd.errors import LabelsMissing, ManifestError
+from vkd.planning import FRAMES_ALIAS, Plan
+from vkd.rounds import Chunk
+from vkd.run import Compute, Run
+from vkd.schema import FRAMES, Columns
+from vkd.stages import ITEM, STATS, Item, Job
+from vkd.store.labelset import LabelSet, LabelSetSpec
+from vkd.teachers.base import Teacher
+
+MAX_RETRIES = 3  # Ray's own default is without end
+
+
+@dataclass
+class LabelReport:
+    """What one labelling did: examples counted once per view, seconds summed over workers."""
+
+    planned: int = 0
+    present: int = 0
+    labelled: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    wall_s: float = 0.0
+    decode_s: float = 0.0
+    teach_s: Counter[str] = field(default_factory=Counter)
+    fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        return self.labelled + self.rejected.total()
+
+    def add(self, stats: Mapping[str, Any]) -> None:
+        """Count one chunk."""
+        self.labelled += stats["labelled"]
+        self.rejected.update(stats["rejected"])
+        self.decode_s += stats["decode_s"]
+        self.teach_s.update(stats["teach_s"])
+        for name, measured in stats["fidelity"].items():
+            self.fidelity[name] = _worst(self.fidelity.get(name, measured), measured)
+
+
+def label(run: Run, chunks: Sequence[Chunk], progress: Callable[[LabelReport], None]) -> LabelReport:
+    """Label what the store lacks of these chunks; the same call after any crash goes on where it stopped.
+
+    Nothing is started when nothing lacks. Raises ManifestError when more than `data.max_reject_fraction` is rejected.
+    """
+    started_s = time.monotonic()
+    plan = Plan.of(run)
+    teachers = planning.build_teachers(run.recipe.teachers)
+    specs = planning.label_specs(run, teachers)
+    items = missing_items(run, specs, chunks)
+    report = LabelReport(planned=sum(plan.examples(c).num_rows for c in chunks) * run.data.views.count)
+    todo = sum(plan.examples(item.chunk).num_rows for item in items)
+    report.present = report.planned - todo
+    if items:
+        job = _job(run, plan, specs, teachers, items)
+        if FRAMES_ALIAS in specs:
+            LabelSet.create(run.labels.store, specs[FRAMES_ALIAS], {}, stages.recorded(), {})
+        with cluster.session(run.compute), cluster.worker_errors():
+            for stats in _execute(job, run.compute):
+                report.add(stats)
+                report.wall_s = time.monotonic() - started_s
+                progress(report)
+                _check_rejects(report, run.data.max_reject_fraction)
+    report.wall_s = time.monotonic() - started_s
+    return report
+
+
+def missing_items(run: Run, specs: Mapping[str, LabelSetSpec], chunks: Sequence[Chunk]) -> list[Item]:
+    """What the store lacks, view by view in plan order; needs only listings."""
+    items = []
+    for view in range(run.data.views.count):
+        missing = {alias: _missing(run.labels.store, spec, view, chunks) for alias, spec in specs.items()}
+        for chunk in chunks:
+            if lacks := tuple(alias for alias in specs if chunk in missing[alias]):
+                items.append(Item(view, chunk, lacks))
+    return items
+
+
+def _missing(store: str, spec: LabelSetSpec, view: int, chunks: Sequence[Chunk]) -> set[Chunk]:
+    try:
+        return set(LabelSet.open(store, spec).missing(view, chunks))
+    except LabelsMissing:
+        return set(chunks)
+
+
+def _job(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec], teachers: Mapping[str, Teacher], items: Sequence[Item]) -> Job:
+    wanted = {alias: teacher.sampling for alias, teacher in teachers.items()}
+    if FRAMES_ALIAS in specs:
+        wanted[FRAMES_ALIAS] = planning.student_sampling(run)
+    samplings = list(dict.fromkeys(wanted.values()))
+    column = {alias: f"{FRAMES}.{samplings.index(sampling)}" for alias, sampling in wanted.items()}
+    views = ViewPolicy(**run.data.views.policy())
+    return Job(plan, views, run.compute.decode.backend, run.labels.store, run.recipe.teachers, specs, samplings, column, items)
+
+
+def _execute(job: Job, compute: Compute) -> Iterator[dict[str, Any]]:
+    """The labelling execution; yields the statistics of each chunk as it is committed."""
+    aliases = list(job.teachers)
+    asked = cluster.resources(compute, len(aliases))
+    workers = asked.decode_workers or int(ray.cluster_resources()["CPU"])
+    frame_bytes = sum(s.num_frames * s.size_px**2 * 3 for s in job.samplings) * job.plan.chunk_size
+    cluster.labelling_context(frame_bytes * 4 * (workers + asked.teacher_actors * len(aliases)))
+    shared = ray.put(job)
+    dataset = ray.data.read_datasource(_Items(len(job.items)), override_num_blocks=len(job.items), num_cpus=asked.decode_cpus)
+    dataset = dataset.map_batches(
+        partial(_decode_stage, shared), batch_size=None, num_cpus=asked.decode_cpus, concurrency=asked.decode_workers, max_retries=MAX_RETRIES
+    )
+    for alias in aliases:
+        dataset = dataset.map_batches(
+            _TeachStage,
+            fn_constructor_args=(shared, alias, asked.teacher_threads, alias == aliases[-1]),
+            batch_size=None,
+            compute=ActorPoolStrategy(size=asked.teacher_actors),
+            num_cpus=asked.teacher_cpus,
+            num_gpus=asked.teacher_gpus,
+            max_restarts=MAX_RETRIES,
+            max_task_retries=MAX_RETRIES,
+        )
+    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+        yield from (json.loads(text) for text in batch[STATS])
+
+
+class _Items(Datasource):
+    """One block of one row per item: its number. One item stays one block from here to the store."""
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        self.num_items = num_items
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        metadata = BlockMetadata(num_rows=1, size_bytes=8, input_files=None, exec_stats=None)
+        return [ReadTask(partial(_item_block, i), metadata) for i in range(self.num_items)]
+
+
+def _item_block(number: int) -> list[pa.Table]:
+    return [pa.table({ITEM: pa.array([number], pa.int64())})]
+
+
+@lru_cache(maxsize=1)
+def _job_of(shared: ray.ObjectRef) -> Job:
+    job: Job = ray.get(shared)
+    return job
+
+
+def _decode_stage(shared: ray.ObjectRef, batch: Columns) -> Columns:
+    return stages.decode(_job_of(shared), batch)
+
+
+class _TeachStage:
+    def __init__(self, shared: ray.ObjectRef, alias: str, num_threads: int, last: bool) -> None:
+        self.teach = stages.Teach(_job_of(shared), alias, num_threads, last)
+
+    def __call__(self, batch: Columns) -> Columns:
+        return self.teach(batch)
+
+
+def _worst(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    """The worse of two fidelities, figure by figure: the lower cosine and PSNR, the larger error."""
+    lower_is_worse = ("cosine", "psnr")
+    return {k: (min if k.startswith(lower_is_worse) else max)(a[k], b[k]) for k in a.keys() & b.keys()}
+
+
+def _check_rejects(report: LabelReport, max_fraction: float) -> None:
+    if report.rejected.total() <= max_fraction * report.planned:
+        return
+    kind, count = report.rejected.most_common(1)[0]
+    raise ManifestError(
+        f"{report.rejected.total()} of {report.planned} examples are rejected, most often {kind!r} ({count}); committed labels are kept",
+        where="data.max_reject_fraction",
+        action="vkd verify RUN --rejects lists them; mend the source or raise the limit",
+    )

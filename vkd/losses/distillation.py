@@ -1,0 +1,64 @@
+"""Distillation losses between a student's and a teacher's outputs for the same rows.
+
+Each gives (sum of weight * loss over the rows, count of rows = sum of the weights), weights >= 0. Rows of weight 0 count
+nothing, whatever they hold; with no row left the sum is 0 and still has a gradient (of 0). Teachers get no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+SumAndCount = tuple[Float[Tensor, ""], Float[Tensor, ""]]
+
+
+def kl(
+    student_logits: Float[Tensor, "b c"], teacher_logits: Float[Tensor, "b c"], temperature: float, weight: Float[Tensor, " b"]
+) -> SumAndCount:
+    """T^2 * KL(teacher || student) of the distributions softened by temperature T, in nats (Hinton et al. 2015)."""
+    log_student = F.log_softmax(_kept(student_logits, weight) / temperature, dim=1)
+    log_teacher = F.log_softmax(_kept(teacher_logits.detach(), weight) / temperature, dim=1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
+    return _sum_and_count(temperature**2 * divergence, weight)
+
+
+def cosine(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"], weight: Float[Tensor, " b"]) -> SumAndCount:
+    """1 - cosine of the angle between embeddings, in [0, 2]; 1 where either is zero."""
+    return _sum_and_count(1 - F.cosine_similarity(_kept(student, weight), _kept(teacher.detach(), weight), dim=1), weight)
+
+
+def mse(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"], weight: Float[Tensor, " b"]) -> SumAndCount:
+    """Squared difference, mean over dimensions."""
+    return _sum_and_count((_kept(student, weight) - _kept(teacher.detach(), weight)).square().mean(dim=1), weight)
+
+
+def similarity_preserving(student: Float[Tensor, "b ds"], teacher: Float[Tensor, "b dt"], weight: Float[Tensor, " b"]) -> SumAndCount:
+    """Squared difference of the rows of the L2-row-normalised Gram matrices, mean over the n rows of weight > 0.
+
+    With weights of 0 and 1, sum / count is ||G_T - G_S||_F^2 / n^2 (Tung & Mori 2019). A row's loss depends on the rows
+    beside it: sums of two half batches do not add up to that of the whole.
+    """
+    difference = _normalised_gram(_kept(student, weight)) - _normalised_gram(_kept(teacher.detach(), weight))
+    num_rows = (weight > 0).sum().clamp(min=1)
+    return _sum_and_count(difference.square().sum(dim=1) / num_rows, weight)
+
+
+def cross_entropy(logits: Float[Tensor, "b c"], label: Int[Tensor, " b"], weight: Float[Tensor, " b"]) -> SumAndCount:
+    """Cross entropy in nats; a row of label -1 counts nothing."""
+    weight = torch.where(label >= 0, weight, 0)
+    return _sum_and_count(F.cross_entropy(_kept(logits, weight), label.clamp(min=0), reduction="none"), weight)
+
+
+def _normalised_gram(x: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
+    return F.normalize(x @ x.T, dim=1)
+
+
+def _kept(x: Float[Tensor, "b d"], weight: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
+    """Zeros in rows of weight 0: 0 * nan would be nan, in the sum and in the gradient."""
+    return torch.where((weight > 0)[:, None], x, 0)
+
+
+def _sum_and_count(rows: Float[Tensor, " b"], weight: Float[Tensor, " b"]) -> SumAndCount:
+    return (rows * weight).sum(), weight.sum()

@@ -1,0 +1,1 @@
+"""Metrics: pure functions of whole arrays that give plain numbers."""

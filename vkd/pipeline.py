@@ -1,0 +1,62 @@
+"""The spine: read the manifest, plan its clips, decode them, let the teachers label them, and train a student on what they said."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Protocol
+
+from vkd import cluster, evaluation, labelling, manifest, training
+from vkd.labelling import LabelReport
+from vkd.loop import RoundReport
+from vkd.manifest import BuildOptions
+from vkd.planning import Plan
+from vkd.run import Run
+from vkd.store import files
+from vkd.training import TrainReport
+
+
+class Watcher(Protocol):
+    """Who is told of progress; the command line prints it."""
+
+    def stage(self, name: str) -> None: ...
+    def probed(self, done: int, total: int) -> None: ...
+    def labelled(self, report: LabelReport) -> None: ...
+    def trained(self, report: RoundReport) -> None: ...
+
+
+def label(run: Run, watch: Watcher, fraction: float = 1.0) -> LabelReport:
+    """Label what the store lacks of the run's clips, or of a seeded sample of its chunks."""
+    watch.stage("label")
+    build_manifest(run, watch)
+    chunks = Plan.of(run).sample(fraction, run.data.views.seed)
+    return labelling.label(run, chunks, watch.labelled)
+
+
+def distill(run: Run, watch: Watcher) -> TrainReport:
+    """Train the student on the labels of the store, from the newest checkpoint on, and export it."""
+    watch.stage("distill")
+    return training.train(run, watch.trained)
+
+
+def evaluate(run: Run, watch: Watcher, student: str | None = None) -> dict[str, Any]:
+    """Compare the exported student with its teachers on held-out clips; saved as `evaluation.json` beside it."""
+    watch.stage("evaluate")
+    measured = evaluation.evaluate(run, student or training.student_folder(run))
+    files.put(files.join(run.output, "evaluation.json"), json.dumps(measured, indent=1).encode())
+    return measured
+
+
+def run_all(run: Run, watch: Watcher) -> tuple[LabelReport, TrainReport, dict[str, Any]]:
+    """Label, distill, evaluate: each does only what is left to do."""
+    with cluster.session(run.compute):
+        return label(run, watch), distill(run, watch), evaluate(run, watch)
+
+
+def build_manifest(run: Run, watch: Watcher) -> None:
+    """Make or grow the manifest of `data.source`, when the run names one: videos that it knows cost a listing."""
+    data = run.data
+    if data.source is None:
+        return
+    watch.stage("manifest")
+    options = BuildOptions(label_from=data.label_from, chunk_size=data.chunk_size)
+    manifest.build(data.source, data.manifest, options, watch.probed)

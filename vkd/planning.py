@@ -1,0 +1,127 @@
+"""What a run asks for: its chunks, their examples, and the label sets that it reads or fills."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from vkd import models, schema
+from vkd.clips import ClipPlan, Sampling, SplitPlan, assign_splits, plan_examples
+from vkd.manifest import Manifest
+from vkd.models import ModelSpec
+from vkd.rounds import Chunk, chunks_of
+from vkd.schema import TensorType
+from vkd.store.labelset import LabelSetSpec
+from vkd.students import STUDENTS
+from vkd.teachers import TEACHERS
+
+if TYPE_CHECKING:  # decode workers plan, and must not import the recipes' torch
+    from vkd.run import Run
+    from vkd.teachers.base import Teacher
+
+FRAMES_ALIAS = "frames"
+FRAME_ENCODINGS = {"jpeg": "jpeg:95", "raw": "raw"}
+
+
+class Plan:
+    """The chunks of a run in manifest order, and the examples of each; cheap to pickle, reads shards when asked."""
+
+    def __init__(self, manifest: str, clips: ClipPlan, split: SplitPlan) -> None:
+        self.manifest_path, self.clips, self.split = manifest, clips, split
+        opened = Manifest.load(manifest)
+        self.manifest_digest, self.chunk_size = opened.digest, opened.chunk_size
+        counts = {shard: _shard_examples(manifest, shard, clips).num_rows for shard in opened.shards}
+        self.chunks = [chunk for shard in opened.shards for chunk in chunks_of(shard, counts[shard], self.chunk_size)]
+        self.num_examples = sum(counts.values())
+
+    @classmethod
+    def of(cls, run: Run) -> Plan:
+        return cls(run.data.manifest, run.data.clips, run.data.split)
+
+    def examples(self, chunk: Chunk) -> pa.Table:
+        """The chunk's rows in manifest order, at most `chunk_size` of them."""
+        table = _shard_examples(self.manifest_path, chunk.shard, self.clips)
+        return table.slice(chunk.index * self.chunk_size, self.chunk_size)
+
+    def rows(self, split: str) -> list[list[int]]:
+        """For each chunk of the plan, the row numbers that belong to `train` or `val`."""
+        return [[i for i, name in enumerate(assign_splits(self.examples(chunk), self.split)) if name == split] for chunk in self.chunks]
+
+    def without(self, chunks: Collection[Chunk]) -> Plan:
+        """The same plan less some chunks."""
+        other = copy.copy(self)
+        other.chunks = [chunk for chunk in self.chunks if chunk not in chunks]
+        return other
+
+    def classes(self) -> list[str]:
+        """Sorted names of the labels that videos carry; empty when there are none."""
+        names: set[str] = set()
+        for shard in dict.fromkeys(chunk.shard for chunk in self.chunks):
+            table = _shard_examples(self.manifest_path, shard, self.clips)
+            if schema.LABEL in table.column_names:
+                names.update(name for name in table[schema.LABEL].to_pylist() if name is not None)
+        return sorted(names)
+
+    def sample(self, fraction: float, seed: int) -> list[Chunk]:
+        """A seeded sample of whole chunks, at least one, in plan order; a larger fraction contains a smaller one."""
+        order = np.random.default_rng(seed).permutation(len(self.chunks))
+        kept = sorted(order[: max(1, round(fraction * len(self.chunks)))].tolist())
+        return [self.chunks[i] for i in kept]
+
+
+@lru_cache(maxsize=32)
+def _shard_examples(manifest: str, shard: str, clips: ClipPlan) -> pa.Table:
+    return plan_examples(Manifest.load(manifest).read_shard(shard), clips)
+
+
+def build_teachers(specs: Mapping[str, ModelSpec]) -> dict[str, Teacher]:
+    """Teachers by alias, not yet loaded."""
+    return {alias: models.build(spec, TEACHERS, "teacher") for alias, spec in specs.items()}
+
+
+def student_sampling(run: Run) -> Sampling:
+    """How the run's student looks at a view."""
+    sampling: Sampling = models.build(run.recipe.student, STUDENTS, "student", heads={}).sampling
+    return sampling
+
+
+def teacher_spec(run: Run, alias: str, teacher: Teacher) -> LabelSetSpec:
+    """The label set of one teacher: every input that decides its labels."""
+    fields = _input_fields(run, teacher.sampling) | {"teacher": teacher.identity()}
+    encodings = {name: run.labels.encodings.get(name, "fp16") for name in teacher.emits}
+    return LabelSetSpec(alias, fields, dict(teacher.emits), encodings)
+
+
+def frames_spec(run: Run, sampling: Sampling) -> LabelSetSpec:
+    """The label set of kept frames: the decoded views at the student's sampling."""
+    shape = (sampling.num_frames, sampling.size_px, sampling.size_px, 3)
+    encoding = FRAME_ENCODINGS[run.data.keep_frames]
+    return LabelSetSpec(FRAMES_ALIAS, _input_fields(run, sampling), {FRAMES_ALIAS: TensorType("uint8", shape)}, {FRAMES_ALIAS: encoding})
+
+
+def label_specs(run: Run, teachers: Mapping[str, Teacher]) -> dict[str, LabelSetSpec]:
+    """Every label set that the run needs, frames included when they are kept."""
+    specs = {alias: teacher_spec(run, alias, teacher) for alias, teacher in teachers.items()}
+    if run.data.keep_frames != "none":
+        specs[FRAMES_ALIAS] = frames_spec(run, student_sampling(run))
+    return specs
+
+
+def label_numbers(examples: pa.Table, classes: Sequence[str]) -> np.ndarray:
+    """int64 class of each example; -1 where it has no label."""
+    if schema.LABEL not in examples.column_names:
+        return np.full(examples.num_rows, -1, np.int64)
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([number.get(name, -1) for name in examples[schema.LABEL].to_pylist()], np.int64)
+
+
+def _input_fields(run: Run, sampling: Sampling) -> dict[str, Any]:
+    return {
+        "sampling": sampling.model_dump(mode="json"),
+        "data": {"views": run.data.views.policy(), "clips": run.data.clips.model_dump(mode="json")},
+    }

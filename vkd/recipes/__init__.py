@@ -1,0 +1,5 @@
+"""Recipes: one method in one file; a frozen config whose fields are the method's hyper-parameters."""
+
+RECIPES = {
+    "kd": "vkd.recipes.kd:KD",
+}

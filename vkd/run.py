@@ -1,0 +1,238 @@
+"""A run: recipe + data + compute, one YAML file. Loading, overrides, and errors that name the key."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+
+from vkd.clips import ClipPlan, SplitPlan, ViewPolicy
+from vkd.errors import ConfigError
+from vkd.models import ModelSpec, find
+from vkd.recipes import RECIPES
+from vkd.recipes.base import Recipe
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def absolute(path: str) -> str:
+    """A local path made absolute (Ray workers have another working directory); a uri as it is."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+Place = Annotated[str, BeforeValidator(absolute)]  # a folder: a local path or any fsspec uri
+
+
+class Views(ViewPolicy):
+    """The view policy, and how many views are labelled; `count` is not part of what labels are: views can be added."""
+
+    count: int = Field(default=1, ge=1)
+
+    def policy(self) -> dict[str, Any]:
+        """What decides a view, without their number."""
+        return self.model_dump(exclude={"count"})
+
+
+class Data(_Part):
+    """Which videos, cut into which clips, seen how."""
+
+    manifest: Place
+    source: str | None = None
+    label_from: str | None = None
+    chunk_size: int = Field(default=64, ge=1)
+    clips: ClipPlan = ClipPlan()
+    split: SplitPlan = SplitPlan()
+    views: Views = Views()
+    keep_frames: Literal["none", "jpeg", "raw"] = "none"
+    max_reject_fraction: float = Field(default=0.5, gt=0, le=1)
+
+
+class Labels(_Part):
+    """Where labels lie and how they are encoded: `encodings` by label name, `fp16` otherwise."""
+
+    mode: Literal["stored"] = "stored"
+    store: Place
+    encodings: Mapping[str, str] = {}
+    allow_partial: bool = False
+
+
+class Train(_Part):
+    """How a student learns. `batch_size` counts clips over all workers, so results do not depend on their number."""
+
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    clip_norm: float = Field(default=1.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+
+
+class Checkpoint(_Part):
+    """A round, the distance between two checkpoints, ends once it has this many examples."""
+
+    every_examples: int = Field(default=4096, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class Decode(_Part):
+    """Decode tasks: how many at once (none: as many as the cluster holds), CPUs each asks for, and the decoder."""
+
+    workers: int | None = Field(default=None, ge=1)
+    cpus: float | None = Field(default=None, gt=0)
+    backend: Literal["auto", "decord", "pyav"] = "auto"
+
+
+class TeacherPool(_Part):
+    """Teacher actors: how many, and what each asks for. None: what the profile gives."""
+
+    actors: int | None = Field(default=None, ge=1)
+    cpus: float | None = Field(default=None, ge=0)
+    gpus: float | None = Field(default=None, ge=0)
+
+
+class StudentGroup(_Part):
+    """Student training: `workers: 0` trains in the driver; n starts a Ray Train group of n."""
+
+    workers: int = Field(default=0, ge=0)
+    cpus: float = Field(default=1, gt=0)
+    gpus: float = Field(default=0, ge=0)
+
+
+class Compute(_Part):
+    """How much: `laptop` shares the cores of one machine, `cluster` asks for whole CPUs and GPUs; auto looks for GPUs."""
+
+    profile: Literal["auto", "laptop", "cluster"] = "auto"
+    address: str | None = None
+    decode: Decode = Decode()
+    teacher: TeacherPool = TeacherPool()
+    student: StudentGroup = StudentGroup()
+
+
+def _recipe(value: Any) -> Any:
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise ValueError("a recipe is a mapping with a name")
+    return find(ModelSpec(name=value["name"]), RECIPES, "recipe").model_validate(value)
+
+
+class Run(_Part):
+    """Everything that one run does; the resolved run is saved with its results."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    output: Place
+    data: Data
+    labels: Labels
+    recipe: Annotated[SerializeAsAny[Recipe], BeforeValidator(_recipe)]
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    compute: Compute = Compute()
+
+    @field_validator("output", mode="after")
+    @classmethod
+    def _no_trailing_slash(cls, value: str) -> str:
+        return value.rstrip("/")
+
+
+class Workflow(_Part):
+    """Runs done in order: run files (relative to the workflow's), each with its own overrides."""
+
+    class Step(_Part):
+        run: str
+        set: Sequence[str] = ()
+
+    runs: Sequence[Step] = Field(min_length=1)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> list[Run]:
+    """The runs of a run file (one) or a workflow file (several), with `key.sub=value` overrides applied to each."""
+    tree = _read_yaml(path)
+    if "runs" not in tree:
+        return [parse(tree, overrides, where=str(path))]
+    try:
+        workflow = Workflow.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, str(path), Workflow) from error
+    folder = Path(path).parent
+    return [parse(_read_yaml(folder / s.run), [*s.set, *overrides], where=str(folder / s.run)) for s in workflow.runs]
+
+
+def load_one(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """The run of a run file. Raises ConfigError for a workflow of several."""
+    runs = load(path, overrides)
+    if len(runs) != 1:
+        raise ConfigError(f"is a workflow of {len(runs)} runs", where=str(path), action=f"vkd run {path}, or name one of its run files")
+    return runs[0]
+
+
+def parse(tree: dict[str, Any], overrides: Sequence[str] = (), where: str = "run") -> Run:
+    """A checked run. Raises ConfigError that names the path of the bad key and what was expected."""
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Run.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, where, Run) from error
+
+
+def dump(run: Run) -> str:
+    """The resolved run as YAML; loading it gives the same run."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the run file: {error.strerror}", where=str(path), action="check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not YAML: {' '.join(str(error).split())}", where=str(path), action="mend the file") from error
+    if not isinstance(tree, dict):
+        raise ConfigError("is not a mapping of keys", where=str(path), action="start from jobs/demo.yaml")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not KEY=VALUE", action="write train.epochs=1")
+    node = tree
+    *parents, last = key.split(".")
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: {name} is not a section", action="look at the run file for the keys")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not YAML", action="quote it") from error
+
+
+def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> ConfigError:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(model, first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return ConfigError(f"unknown key {path!r}", where=where, action=f"{hint}known there: {', '.join(known)}")
+    got = f", not {first['input']!r}" if first["type"] != "missing" and not isinstance(first["input"], dict) else ""
+    return ConfigError(f"{path}: {first['msg']}{got}", where=where, action="mend this key")
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        kind = field.annotation if field else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return []
+        model = kind
+    return list(model.model_fields)

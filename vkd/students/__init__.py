@@ -1,0 +1,6 @@
+"""Students: one file per model family; small video networks that learn what teachers said."""
+
+STUDENTS = {
+    "shift_cnn": "vkd.students.shift_cnn:ShiftCNN",
+    "tiny_vit": "vkd.students.tiny_vit:TinyViT",
+}

@@ -1,0 +1,6 @@
+"""Teachers: one file per model family; each adds labels to a batch of clips and is never trained."""
+
+TEACHERS = {
+    "efficientnet_lite": "vkd.teachers.efficientnet_lite:EfficientNetLiteTeacher",
+    "student": "vkd.teachers.student:StudentTeacher",
+}

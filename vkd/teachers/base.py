@@ -1,0 +1,88 @@
+"""The contract that every teacher keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from vkd.clips import Sampling
+from vkd.errors import TeacherError
+from vkd.schema import FRAMES, Columns, TensorType
+
+
+class Teacher(ABC):
+    """A frozen model. Constructing one is cheap: files are named, not loaded, until `load` is called.
+
+    `version` is raised whenever the adapter's arithmetic changes: labels made before then belong to another teacher.
+    """
+
+    version: ClassVar[int]
+    needs: ClassVar[tuple[str, ...]] = (FRAMES,)
+    sampling: Sampling
+
+    @property
+    @abstractmethod
+    def emits(self) -> Mapping[str, TensorType]:
+        """Label names with the type of one row."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """All that decides the output besides the input: digests of the files really loaded, options, precision. JSON-able."""
+
+    @abstractmethod
+    def load(self, device: str) -> None:
+        """Load the weights. Raises TeacherError when a file is missing or does not fit."""
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The network, to count its parameters and operations. Only after `load`."""
+
+    @abstractmethod
+    def __call__(self, batch: Columns) -> Columns:
+        """The batch with labels (float32, one row per clip) added, of a batch with `frames` uint8 [B, T, S, S, 3]. Only after `load`."""
+
+    def probe_batch(self) -> Columns:
+        """The built-in synthetic clip: one row of drifting colour waves, the same bytes on every machine."""
+        return {FRAMES: probe_frames(self.sampling)[None]}
+
+
+class HalvingBatches:
+    """Applies a function to sub-batches; when the device is out of memory it halves `batch_size`, for good, and goes on."""
+
+    def __init__(self, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.batch_size = batch_size
+
+    def run(self, fn: Callable[[np.ndarray], Columns], rows: np.ndarray) -> Columns:
+        """`fn` of all rows. Raises TeacherError when even one row does not fit."""
+        parts: list[Columns] = []
+        done = 0
+        while done < len(rows) or not parts:
+            part = rows[done : done + self.batch_size]
+            try:
+                parts.append(fn(part))
+                done += len(part)
+                continue
+            except torch.OutOfMemoryError as error:
+                if len(part) <= 1:
+                    action = "lower num_frames, choose a smaller model, or use a device with more memory"
+                    raise TeacherError("one clip does not fit in the memory of the device", action=action) from error
+            # after the except clause, whose traceback would keep the failed call's tensors alive
+            torch.cuda.empty_cache()
+            self.batch_size = len(part) // 2
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def probe_frames(sampling: Sampling) -> np.ndarray:
+    """uint8 [T, S, S, 3] made by integer arithmetic only."""
+    t, y, x, c = np.ogrid[: sampling.num_frames, : sampling.size_px, : sampling.size_px, :3]
+    ramp = (x * (3 + c) + y * (5 - c) + t * 17 + (x * y) // 16 * (c + 1)) % 512
+    frames: np.ndarray = np.where(ramp < 256, ramp, 511 - ramp).astype(np.uint8)
+    return frames

@@ -1,0 +1,160 @@
+"""Training: in the driver, or in a Ray Train worker group. Every start is an attempt; the newest finished round decides the state."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import torch
+import yaml
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch.utils.tensorboard import SummaryWriter
+
+from vkd import checkpoint, cluster, gather, run as run_files
+from vkd.checkpoint import Position
+from vkd.errors import ConfigError
+from vkd.feeding import Feeder, open_sets
+from vkd.loop import Loop, RoundReport, as_metrics
+from vkd.planning import Plan
+from vkd.run import Run
+from vkd.schema import TRAIN
+from vkd.stages import device
+from vkd.store import files
+
+OnRound = Callable[[RoundReport], None]
+MAX_FAILURES = 3
+DECIDES = ("data", "labels", "recipe", "train", "checkpoint")  # sections that decide the weights; compute does not
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What training did: `resumed_from` is a step, 0 for a fresh start; `skipped` when it was finished before."""
+
+    student: str
+    skipped: bool
+    resumed_from: int
+    num_steps: int
+    num_examples: int
+
+
+def student_folder(run: Run) -> str:
+    """Where the run exports its student."""
+    return files.join(run.output, "student")
+
+
+def train(run: Run, on_round: OnRound) -> TrainReport:
+    """Train the run's student and export it; goes on from the newest checkpoint, does nothing when it is finished."""
+    claim_output(run)
+    folder = student_folder(run)
+    if files.exists(files.join(folder, checkpoint.CONFIG)):
+        done = json.loads(files.read(files.join(folder, checkpoint.CONFIG)))["trained"]
+        return TrainReport(folder, True, done["step"], done["step"], done["num_examples"])
+    found = checkpoint.newest(run.output)
+    resumed_from = int(found.rsplit("-", 1)[-1]) if found else 0
+    attempt = checkpoint.new_attempt(run.output)
+    if run.compute.student.workers == 0:
+        train_rank(run, attempt, on_round)
+    else:
+        open_sets(run, Plan.of(run))  # what lacks is said here, not by a worker
+        with cluster.session(run.compute), cluster.worker_errors():
+            _fit_group(run, attempt)
+    done = json.loads(files.read(files.join(folder, checkpoint.CONFIG)))["trained"]
+    return TrainReport(folder, False, resumed_from, done["step"], done["num_examples"])
+
+
+def train_rank(run: Run, attempt: str, on_round: OnRound) -> None:
+    """One rank's training, from the newest checkpoint to the export."""
+    rank, world_size = gather.world()
+    plan, sets = open_sets(run, Plan.of(run))
+    feeder = Feeder(run, plan, sets, TRAIN, rank, world_size)
+    if not sum(feeder.sizes):
+        raise ConfigError("no example is left to train on", where="data.split", action="hold out less, or add videos")
+    emits = {alias: label_set.spec.tensors for alias, label_set in sets.items()}
+    torch.manual_seed(run.train.seed)
+    loop = Loop(run.recipe.distiller(emits, len(feeder.classes)), run.train, device())
+    found = checkpoint.newest(run.output)
+    position = checkpoint.restore(found, loop.distiller, loop.optimizer) if found else Position()
+    board = SummaryWriter(files.join(run.output, "tensorboard"), purge_step=position.step) if rank == 0 else None
+
+    def after_round(report: RoundReport, reached: Position) -> None:
+        if board is not None:
+            checkpoint.save(attempt, reached, loop.distiller, loop.optimizer)
+            checkpoint.prune(run.output, run.checkpoint.keep)
+            for name, value in as_metrics(report).items():
+                board.add_scalar(name, value, reached.step)
+        on_round(report)
+
+    position = loop.fit(feeder, run.checkpoint.every_examples, position, after_round)
+    if board is not None:
+        board.close()
+        trained = {"step": position.step, "num_examples": position.num_examples}
+        extra: Mapping[str, Any] = {"trained": trained, "label_sets": [s.spec.name for s in sets.values()], "classes": feeder.classes}
+        checkpoint.export(loop.distiller.student, run.recipe.student, student_folder(run), dict(extra))
+
+
+def claim_output(run: Run) -> None:
+    """Save the resolved run with its results. Raises ConfigError, naming the key, when the output holds a run that differs."""
+    place = files.join(run.output, "run.yaml")
+    if files.exists(place):
+        before = yaml.safe_load(files.read(place))
+        now = run.model_dump(mode="json")
+        for section in DECIDES:
+            if difference := _difference(before.get(section), now[section], section):
+                raise ConfigError(f"holds a run with another {difference}", where=run.output, action="name another output, or delete this one")
+    files.put(place, run_files.dump(run).encode())
+
+
+def _difference(before: Any, now: Any, path: str) -> str | None:
+    """The first key that differs, with both values."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        found = (_difference(before.get(key), now.get(key), f"{path}.{key}") for key in sorted({*before, *now}))
+        return next(filter(None, found), None)
+    return None if before == now else f"{path}: {before!r} there, {now!r} here"
+
+
+def _fit_group(run: Run, attempt: str) -> None:
+    asked = run.compute.student
+    have = ray.cluster_resources()
+    for kind, each in (("CPU", asked.cpus), ("GPU", asked.gpus)):
+        if asked.workers * each > have.get(kind, 0) + 1e-6:
+            what = f"{asked.workers} workers need {asked.workers * each:g} {kind}s, the cluster has {have.get(kind, 0):g}"
+            raise ConfigError(what, where="compute.student", action=f"lower compute.student.workers or compute.student.{kind.lower()}s")
+    scaling = ScalingConfig(
+        num_workers=asked.workers, use_gpu=asked.gpus > 0, resources_per_worker={"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {})
+    )
+    ray_run = RunConfig(
+        name=os.path.basename(attempt), storage_path=files.join(run.output, "ray_train"), failure_config=FailureConfig(max_failures=MAX_FAILURES)
+    )
+    config = {"run": run.model_dump(mode="json"), "attempt": attempt}
+    TorchTrainer(
+        _train_worker, train_loop_config=config, torch_config=TorchConfig(), scaling_config=scaling, run_config=ray_run
+    ).fit()
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """What each worker of the group does."""
+    run = run_files.parse(config["run"])
+    torch.set_num_threads(max(1, int(run.compute.student.cpus)))
+    rank, _ = gather.world()
+
+    def on_round(report: RoundReport) -> None:
+        if rank == 0:
+            print(round_line(report), flush=True)
+        ray.train.report(as_metrics(report))
+
+    train_rank(run, config["attempt"], on_round)
+
+
+def round_line(report: RoundReport) -> str:
+    """A round in one line."""
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
+    lost = f"  unreadable {report.unreadable}" if report.unreadable else ""
+    return (
+        f"epoch {report.epoch + 1}  step {report.step}/{report.num_steps}  {losses}  "
+        f"{report.examples_per_s:.1f} examples/s  data-wait {report.wait_fraction:.1%}{lost}"
+    )

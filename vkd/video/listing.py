@@ -1,0 +1,215 @@
+"""List videos and ask what they are: files under a place, their size and version, and what a probe says.
+
+A listing gives each video's id without opening it; a video that cannot be used carries the VideoError that says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import fsspec
+import pyarrow as pa
+
+from vkd import schema
+from vkd.errors import ManifestError, StorageError, VideoError
+from vkd.store.files import UNREACHABLE
+from vkd.video.sources import PACKAGE, resolve_uri
+
+if TYPE_CHECKING:
+    from vkd.video.decode import VideoInfo
+
+
+ProbeLevel = Literal["none", "header", "full"]
+Progress = Callable[[int, int], None]
+Info = dict[str, Any]  # what fsspec tells of one file
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One video as a listing shows it; `etag` is the store's, or `sha256:...` of the content, or `mtime:...` in ns."""
+
+    uri: str
+    size_bytes: int | None = None
+    etag: str | None = None
+    fault: VideoError | None = None
+
+    @property
+    def video_id(self) -> str:
+        """Changed content is a new video; a file that could not be found is another one than the file that later is."""
+        return schema.digest(self.uri, self.size_bytes, self.etag, *([] if self.fault is None else [self.fault.kind]))
+
+    @property
+    def content(self) -> tuple[int, str] | None:
+        """Equal for equal content; None when the listing cannot tell."""
+        if self.size_bytes is None or self.etag is None or self.etag.startswith("mtime:"):
+            return None
+        return self.size_bytes, self.etag
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One video and what probing said; without both nothing was asked."""
+
+    video: Listed
+    info: VideoInfo | None = None
+    fault: VideoError | None = None
+
+
+def find(source: str, extensions: Sequence[str]) -> dict[str, Info]:
+    """Every file under a folder or prefix that looks like a video; local ones without information."""
+    path = resolve_uri(source)
+    if "://" in path:
+        fs, root = fsspec.core.url_to_fs(path)
+        fs.invalidate_cache()
+        found = {fs.unstrip_protocol(name): info for name, info in fs.find(root, detail=True).items()}
+        if not found and not fs.exists(root):
+            raise FileNotFoundError(source)
+    else:
+        found = {name: {} for name in _walk(os.path.abspath(path))}
+        if source.startswith(PACKAGE):
+            found = {f"{source.rstrip('/')}/{os.path.relpath(name, path)}": {} for name in found}
+    return {uri: info for uri, info in found.items() if _is_video(uri, extensions)}
+
+
+def _walk(path: str) -> Iterator[str]:
+    """Files under a local folder, through links to folders but never twice through one."""
+    if os.path.isfile(path):
+        yield path
+        return
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(path, followlinks=True, onerror=_raise):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        yield from (os.path.join(folder, name) for name in names)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_video(uri: str, extensions: Sequence[str]) -> bool:
+    name = PurePosixPath(uri).name
+    return name.lower().endswith(tuple(extensions)) and not name.startswith(".")
+
+
+def describe(uris: Sequence[str], infos: dict[str, Info], hash_content: bool, threads: int, progress: Progress | None) -> list[Listed]:
+    """Size and version of each uri, in order. StorageError when the store refuses or cannot be reached."""
+
+    def one(uri: str) -> Listed:
+        return _describe(uri, infos.get(uri, {}), hash_content or uri.startswith(PACKAGE))
+
+    listed = _in_threads(one, uris, threads, progress if hash_content else None)
+    if listed and all(video.fault is not None and video.fault.kind in ("missing", "forbidden") for video in listed):
+        if any(video.fault is not None and video.fault.kind == "forbidden" for video in listed):
+            raise StorageError(f"access denied to all {len(listed)} videos", where=uris[0], action="check the credentials, then run again")
+        raise ManifestError(f"none of the {len(listed)} videos exists", where=uris[0], action="mend the paths in the source")
+    return listed
+
+
+def _in_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int, progress: Progress | None = None) -> list[Result]:
+    """`function` of each item, in order; the first error cancels what has not begun. `progress(done, total)` runs in the caller."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        futures = [pool.submit(function, item) for item in items]
+        for done, future in enumerate(as_completed(futures), start=1):
+            future.result()
+            if progress is not None:
+                progress(done, len(items))
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def probe(videos: Sequence[Listed], level: ProbeLevel, threads: int, progress: Progress | None) -> list[Probed]:
+    """What each video is, in order; a VideoError becomes its fault. StorageError stops."""
+    return _in_threads(lambda video: _probe(video, level), videos, threads, progress)
+
+
+def shifted(progress: Progress | None, offset: int, total: int) -> Progress | None:
+    """`progress` of a part that begins at `offset` of `total`."""
+    return None if progress is None else lambda done, _: progress(offset + done, total)
+
+
+def _probe(video: Listed, level: ProbeLevel) -> Probed:
+    """What a video is; a VideoError becomes its fault."""
+    if video.fault is not None or level == "none":
+        return Probed(video, fault=video.fault)
+    from vkd.video import decode  # decoders are needed here only: who reads a manifest does not load them
+
+    try:
+        return Probed(video, decode.probe(video.uri) if level == "header" else decode.probe_full(video.uri))
+    except VideoError as error:
+        return Probed(video, fault=error)
+
+
+@contextmanager
+def reaching(source: str) -> Iterator[None]:
+    """Turn what file systems raise while listing into the error of whoever must act."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, VideoError) as error:
+        what = error.what if isinstance(error, VideoError) else "no such folder, bucket or file"
+        raise ManifestError(what, where=source, action="mend SOURCE") from error
+    except ImportError as error:
+        raise ManifestError(str(error), where=source, action="install that package, then run again") from error
+    except UNREACHABLE as error:
+        action = "check the address and the credentials, then run again"
+        raise StorageError(f"{type(error).__name__}: {error}", where=source, action=action) from error
+    except (ValueError, pa.ArrowException) as error:  # ValueError: json, unicode and fsspec's unknown protocols
+        raise ManifestError(str(error), where=source, action="mend SOURCE") from error
+
+
+def _describe(uri: str, info: Info, hash_content: bool) -> Listed:
+    try:
+        path = resolve_uri(uri)
+        if "://" not in path:
+            status = os.stat(path)  # follows links, as decoding does
+            kind = "directory" if stat.S_ISDIR(status.st_mode) else "file"
+            info = {"size": status.st_size, "mtime": status.st_mtime_ns, "type": kind}
+        elif not info:
+            fs, name = fsspec.core.url_to_fs(path)
+            info = fs.info(name)
+        size_bytes = None if info.get("size") is None else int(info["size"])
+        fault = VideoError("not_a_file", "a folder, not a video", where=uri) if info.get("type") == "directory" else None
+        fault = VideoError("empty", "the file has no bytes", where=uri) if size_bytes == 0 else fault
+        etag = None if fault is not None else _sha256(path) if hash_content else _version(info)
+        return Listed(uri, size_bytes, etag, fault)
+    except VideoError as error:
+        return Listed(uri, fault=error)
+    except (FileNotFoundError, NotADirectoryError):
+        return Listed(uri, fault=VideoError("missing", "no such file", where=uri))
+    except PermissionError as error:
+        return Listed(uri, fault=VideoError("forbidden", str(error), where=uri, permanent=False))
+    except (ValueError, ImportError) as error:
+        return Listed(uri, fault=VideoError("unknown_protocol", str(error), where=uri))
+    except UNREACHABLE as error:
+        raise StorageError(f"{type(error).__name__}: {error}", where=uri, action="check the network, then run again") from error
+
+
+def _version(info: Info) -> str | None:
+    for key in ("ETag", "etag"):
+        if info.get(key):
+            return str(info[key]).strip('"')
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        if info.get(key):
+            return f"mtime:{info[key]}"
+    return None
+
+
+def _sha256(path: str) -> str:
+    with fsspec.open(path, "rb") as handle:
+        return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
