@@ -124,7 +124,12 @@ def _load_weights(module: nn.Module, folder: str) -> None:
     try:
         module.load_state_dict(safetensors.torch.load(files.read(files.join(folder, WEIGHTS))))
     except (SafetensorError, pickle.UnpicklingError) as error:
-        raise StorageError(f"{WEIGHTS} is damaged: {error}", where=folder, action="delete this folder, then run the same command again") from error
+        raise StorageError(
+            f"{WEIGHTS} is damaged: {error}", where=folder, action="delete this folder, then run the same command again"
+        ) from error
     except RuntimeError as error:
-        raise ConfigError(f"the weights do not fit the model: {str(error).splitlines()[-1].strip()}", where=folder,
-                          action="use the recipe that made them, or another output") from error
+        raise ConfigError(
+            f"the weights do not fit the model: {str(error).splitlines()[-1].strip()}",
+            where=folder,
+            action="use the recipe that made them, or another output",
+        ) from error

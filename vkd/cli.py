@@ -46,9 +46,7 @@ def manifest(
 
     with _screen(as_json) as screen:
         screen.stage("manifest")
-        options = _options(
-            BuildOptions, probe=probe, label_from=label_from, uri_column=uri_column, hash=hash, chunk_size=chunk_size
-        )
+        options = _options(BuildOptions, probe=probe, label_from=label_from, uri_column=uri_column, hash=hash, chunk_size=chunk_size)
         report = build(_absolute(source), _absolute(out), options, screen.probed)
         screen.close()
         screen.line(f"{out}: {report}")
@@ -136,7 +134,9 @@ def status(store: Annotated[str, typer.Argument(help="A label store, or a run fi
 
     with _screen(as_json) as screen:
         rows = store_status(_store_of(store), time.time())
-        screen.table(f"labels in {_store_of(store)}", ("set", "view", "labelled", "rejected", "of", "clips/s", "left"), [r.cells() for r in rows])
+        screen.table(
+            f"labels in {_store_of(store)}", ("set", "view", "labelled", "rejected", "of", "clips/s", "left"), [r.cells() for r in rows]
+        )
         _finish(as_json, {"sets": [vars(row) for row in rows]})
 
 
@@ -155,7 +155,9 @@ def verify(
     with _screen(as_json) as screen:
         loaded = load_one(run, overrides or [])
         found = verification.verify(loaded, sample)
-        screen.table("label sets", ("set", "view", "planned", "labelled", "rejected", "missing", "damaged"), [r.cells() for r in found.sets])
+        screen.table(
+            "label sets", ("set", "view", "planned", "labelled", "rejected", "missing", "damaged"), [r.cells() for r in found.sets]
+        )
         for name, agreement in found.agreement.items():
             screen.line(f"labelled again, {name}: lowest cosine {agreement:.5f} of {sample} clips")
         if rejects:
@@ -198,7 +200,9 @@ def main() -> None:
     except OSError as error:
         if error.errno != 28:
             raise
-        _fail(str(StorageError("the disk is full", where=str(error.filename or ""), action="free space, then run the same command again")), 3)
+        _fail(
+            str(StorageError("the disk is full", where=str(error.filename or ""), action="free space, then run the same command again")), 3
+        )
 
 
 def _fail(text: str, code: int) -> None:

@@ -45,9 +45,7 @@ class ClipPlan(_Config):
         if self.plan == "whole" or (self.plan == "count" and self.count == 1):
             return [(0.0, duration_s)]
         if duration_s is None:
-            raise ManifestError(
-                f"clips.plan {self.plan} needs duration_s", action="vkd manifest SOURCE OUT --probe header"
-            )
+            raise ManifestError(f"clips.plan {self.plan} needs duration_s", action="vkd manifest SOURCE OUT --probe header")
         if self.plan == "count":
             edges = np.linspace(0.0, duration_s, (self.count or 1) + 1)
             return [(float(a), float(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]

@@ -37,10 +37,14 @@ def session(compute: Compute) -> Iterator[None]:
         yield
         return
     address = compute.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor that may restart prints a line of warning
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=True, configure_logging=True, **_local_options(address))
     except (ConnectionError, RayError) as error:
-        raise ConfigError(f"no Ray cluster answers at {address!r}", where="compute.address", action="start it, or leave the key out") from error
+        raise ConfigError(
+            f"no Ray cluster answers at {address!r}", where="compute.address", action="start it, or leave the key out"
+        ) from error
     _quieten()
     try:
         yield
@@ -54,7 +58,7 @@ def _local_options(address: str) -> dict[str, object]:
 
 def _quieten() -> None:
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -118,7 +118,12 @@ def _cost(run: Run, student: Student) -> dict[str, dict[str, float]]:
 def _measure(module: nn.Module, call: Callable[[], object]) -> dict[str, float]:
     with torch.inference_mode():
         latency = cost.latency_s(call)
-        return {"parameters": cost.num_parameters(module), "flops": cost.flops(call), "latency_s": latency.median_s, "latency_iqr_s": latency.spread_s}
+        return {
+            "parameters": cost.num_parameters(module),
+            "flops": cost.flops(call),
+            "latency_s": latency.median_s,
+            "latency_iqr_s": latency.spread_s,
+        }
 
 
 def retention_rows(measured: Mapping[str, Any]) -> Sequence[tuple[str, str, str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, Datasource, ReadTask
+from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask, TaskPoolStrategy
 from ray.data.block import BlockMetadata
+from ray.util.annotations import RayDeprecationWarning
 
 from vkd import cluster, planning, stages
 from vkd.clips import ViewPolicy
@@ -118,15 +120,33 @@ def _execute(job: Job, compute: Compute) -> Iterator[dict[str, Any]]:
     workers = asked.decode_workers or int(ray.cluster_resources()["CPU"])
     frame_bytes = sum(s.num_frames * s.size_px**2 * 3 for s in job.samplings) * job.plan.chunk_size
     cluster.labelling_context(frame_bytes * 4 * (workers + asked.teacher_actors * len(aliases)))
+    with warnings.catch_warnings():
+        # 2.60 knows bounds on retries only as `ray_remote_args`, which it calls deprecated, and retries without end by default
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = _dataset(job, asked)
+    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+        yield from (json.loads(text) for text in batch[STATS])
+
+
+def _dataset(job: Job, asked: cluster.Resources) -> Dataset:
+    """items -> decode -> one pool of actors a teacher; not yet started."""
     shared = ray.put(job)
-    dataset = ray.data.read_datasource(_Items(len(job.items)), override_num_blocks=len(job.items), num_cpus=asked.decode_cpus)
-    dataset = dataset.map_batches(
-        partial(_decode_stage, shared), batch_size=None, num_cpus=asked.decode_cpus, concurrency=asked.decode_workers, max_retries=MAX_RETRIES
+    num_items = len(job.items)
+    dataset = ray.data.read_datasource(
+        _Items(num_items), override_num_blocks=num_items, num_cpus=asked.decode_cpus, ray_remote_args={"max_retries": MAX_RETRIES}
     )
-    for alias in aliases:
+    dataset = dataset.map_batches(
+        partial(_decode_stage, shared),
+        batch_size=None,
+        compute=TaskPoolStrategy(asked.decode_workers),
+        num_cpus=asked.decode_cpus,
+        max_retries=MAX_RETRIES,
+    )
+    *_, last = job.teachers
+    for alias in job.teachers:
         dataset = dataset.map_batches(
             _TeachStage,
-            fn_constructor_args=(shared, alias, asked.teacher_threads, alias == aliases[-1]),
+            fn_constructor_args=(shared, alias, asked.teacher_threads, alias == last),
             batch_size=None,
             compute=ActorPoolStrategy(size=asked.teacher_actors),
             num_cpus=asked.teacher_cpus,
@@ -134,8 +154,7 @@ def _execute(job: Job, compute: Compute) -> Iterator[dict[str, Any]]:
             max_restarts=MAX_RETRIES,
             max_task_retries=MAX_RETRIES,
         )
-    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-        yield from (json.loads(text) for text in batch[STATS])
+    return dataset
 
 
 class _Items(Datasource):

@@ -26,8 +26,8 @@ class Watcher(Protocol):
 
 def label(run: Run, watch: Watcher, fraction: float = 1.0) -> LabelReport:
     """Label what the store lacks of the run's clips, or of a seeded sample of its chunks."""
-    watch.stage("label")
     build_manifest(run, watch)
+    watch.stage("label")
     chunks = Plan.of(run).sample(fraction, run.data.views.seed)
     return labelling.label(run, chunks, watch.labelled)
 

@@ -91,9 +91,7 @@ def num_steps(sizes: Sequence[int], epochs: int, every_examples: int, batch_size
     )
 
 
-def rounds_from(
-    sizes: Sequence[int], start: tuple[int, int], epochs: int, every_examples: int, seed: int
-) -> Iterator[Round]:
+def rounds_from(sizes: Sequence[int], start: tuple[int, int], epochs: int, every_examples: int, seed: int) -> Iterator[Round]:
     """All rounds from position `start` = (epoch, round) on: what is left after a resume."""
     for epoch in range(start[0], epochs):
         for round_ in rounds_of_epoch(sizes, epoch, every_examples, seed):

@@ -102,7 +102,9 @@ class Teach:
         self.job, self.alias, self.last, self.spec = job, alias, last, job.specs[alias]
         self.teacher = planning.build_teachers(job.teachers)[alias]
         if self.teacher.identity() != self.spec.fields["teacher"]:
-            raise TeacherError("this node has other weight files than the driver", where=alias, action="install the same package everywhere")
+            raise TeacherError(
+                "this node has other weight files than the driver", where=alias, action="install the same package everywhere"
+            )
         self.teacher.load(device())
         answered = self.teacher(self.teacher.probe_batch())
         probe = {name: answered[name] for name in self.spec.tensors}
@@ -137,7 +139,9 @@ class Teach:
             if not len(good):
                 continue
             if answered[name].shape != (len(good), *tensor.row_shape):
-                raise TeacherError(f"{name} has shape {answered[name].shape}, not {tensor.row_shape} a row", where=self.alias, action="mend emits")
+                raise TeacherError(
+                    f"{name} has shape {answered[name].shape}, not {tensor.row_shape} a row", where=self.alias, action="mend emits"
+                )
             labels[name][good] = answered[name]
             finite = np.isfinite(answered[name].reshape(len(good), -1)).all(axis=1)
             found |= {int(row): Reject("teach", "not_finite", f"{name} is not finite", True, 1) for row in good[~finite]}

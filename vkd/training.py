@@ -15,7 +15,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch.utils.tensorboard import SummaryWriter
 
-from vkd import checkpoint, cluster, gather, run as run_files
+from vkd import checkpoint, cluster, gather
+from vkd import run as run_files
 from vkd.checkpoint import Position
 from vkd.errors import ConfigError
 from vkd.feeding import Feeder, open_sets
@@ -105,7 +106,9 @@ def claim_output(run: Run) -> None:
         now = run.model_dump(mode="json")
         for section in DECIDES:
             if difference := _difference(before.get(section), now[section], section):
-                raise ConfigError(f"holds a run with another {difference}", where=run.output, action="name another output, or delete this one")
+                raise ConfigError(
+                    f"holds a run with another {difference}", where=run.output, action="name another output, or delete this one"
+                )
     files.put(place, run_files.dump(run).encode())
 
 
@@ -125,15 +128,17 @@ def _fit_group(run: Run, attempt: str) -> None:
             what = f"{asked.workers} workers need {asked.workers * each:g} {kind}s, the cluster has {have.get(kind, 0):g}"
             raise ConfigError(what, where="compute.student", action=f"lower compute.student.workers or compute.student.{kind.lower()}s")
     scaling = ScalingConfig(
-        num_workers=asked.workers, use_gpu=asked.gpus > 0, resources_per_worker={"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {})
+        num_workers=asked.workers,
+        use_gpu=asked.gpus > 0,
+        resources_per_worker={"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {}),
     )
     ray_run = RunConfig(
-        name=os.path.basename(attempt), storage_path=files.join(run.output, "ray_train"), failure_config=FailureConfig(max_failures=MAX_FAILURES)
+        name=os.path.basename(attempt),
+        storage_path=files.join(run.output, "ray_train"),
+        failure_config=FailureConfig(max_failures=MAX_FAILURES),
     )
     config = {"run": run.model_dump(mode="json"), "attempt": attempt}
-    TorchTrainer(
-        _train_worker, train_loop_config=config, torch_config=TorchConfig(), scaling_config=scaling, run_config=ray_run
-    ).fit()
+    TorchTrainer(_train_worker, train_loop_config=config, torch_config=TorchConfig(), scaling_config=scaling, run_config=ray_run).fit()
 
 
 def _train_worker(config: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def _label_again(run: Run, plan: Plan, teacher: Teacher, label_set: LabelSet, nu
     """Lowest cosine between stored labels and those that this process makes of a seeded sample of view 0."""
     teacher.load(stages.device())
     rng = np.random.default_rng(0)
-    lowest = {name: 1.0 for name in teacher.emits}
+    lowest = dict.fromkeys(teacher.emits, 1.0)
     chunks = sorted(label_set.committed(0).keys() & set(plan.chunks))
     for chunk in (chunks[i] for i in rng.integers(len(chunks), size=num_sampled).tolist()):
         table, examples = label_set.read(0, chunk), plan.examples(chunk).to_pylist()
@@ -128,5 +128,3 @@ def _comparable(made: np.ndarray, label_set: LabelSet, name: str) -> np.ndarray:
         return made.ravel()
     shifted: np.ndarray = made - made.max()
     return (shifted - np.log(np.exp(shifted).sum())).ravel()
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
