@@ -117,7 +117,8 @@ def load_student(folder: str) -> Student:
 
 
 def _weights(module: nn.Module) -> bytes:
-    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()})
+    data: bytes = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()})
+    return data
 
 
 def _load_weights(module: nn.Module, folder: str) -> None:

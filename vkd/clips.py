@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -48,7 +49,7 @@ class ClipPlan(_Config):
             raise ManifestError(f"clips.plan {self.plan} needs duration_s", action="vkd manifest SOURCE OUT --probe header")
         if self.plan == "count":
             edges = np.linspace(0.0, duration_s, (self.count or 1) + 1)
-            return [(float(a), float(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            return [(float(a), float(b)) for a, b in pairwise(edges)]
         length_s = self.length_s or duration_s
         stride_s = self.stride_s or length_s
         num_clips = 1 + max(0, int(np.floor((duration_s - length_s) / stride_s + 1e-9)))

@@ -157,7 +157,7 @@ def _dataset(job: Job, asked: cluster.Resources) -> Dataset:
     return dataset
 
 
-class _Items(Datasource):
+class _Items(Datasource):  # type: ignore[misc]  # Ray is untyped
     """One block of one row per item: its number. One item stays one block from here to the store."""
 
     def __init__(self, num_items: int) -> None:

@@ -69,7 +69,7 @@ class Loop:
         with self.autocast:
             losses: Losses = model(batch)
         loss, means = gather.total_loss(losses)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.distiller.parameters(), self.train.clip_norm)
         self.optimizer.step()
         return means

@@ -8,7 +8,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,7 +71,7 @@ def decode(job: Job, batch: Columns) -> Columns:
     stats = {"decode_s": time.process_time() - started_s, "teach_s": {}, "fidelity": {}}
     return columns | {
         ITEM: np.full(len(examples), number),
-        REJECT: np.array([json.dumps(rejects[i]._asdict()) if i in rejects else "" for i in range(len(examples))]),
+        REJECT: np.array([json.dumps(asdict(rejects[i])) if i in rejects else "" for i in range(len(examples))]),
         STATS: np.array([json.dumps(stats)] * len(examples)),
     }
 

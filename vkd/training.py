@@ -12,7 +12,7 @@ import ray.train
 import torch
 import yaml
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from torch.utils.tensorboard import SummaryWriter
 
 from vkd import checkpoint, cluster, gather
@@ -26,6 +26,7 @@ from vkd.run import Run
 from vkd.schema import TRAIN
 from vkd.stages import device
 from vkd.store import files
+from vkd.store.labelset import LabelSet
 
 OnRound = Callable[[RoundReport], None]
 MAX_FAILURES = 3
@@ -71,13 +72,10 @@ def train(run: Run, on_round: OnRound) -> TrainReport:
 def train_rank(run: Run, attempt: str, on_round: OnRound) -> None:
     """One rank's training, from the newest checkpoint to the export."""
     rank, world_size = gather.world()
-    plan, sets = open_sets(run, Plan.of(run))
+    plan, sets, loop = _loop(run)
     feeder = Feeder(run, plan, sets, TRAIN, rank, world_size)
     if not sum(feeder.sizes):
         raise ConfigError("no example is left to train on", where="data.split", action="hold out less, or add videos")
-    emits = {alias: label_set.spec.tensors for alias, label_set in sets.items()}
-    torch.manual_seed(run.train.seed)
-    loop = Loop(run.recipe.distiller(emits, len(feeder.classes)), run.train, device())
     found = checkpoint.newest(run.output)
     position = checkpoint.restore(found, loop.distiller, loop.optimizer) if found else Position()
     board = SummaryWriter(files.join(run.output, "tensorboard"), purge_step=position.step) if rank == 0 else None
@@ -93,9 +91,32 @@ def train_rank(run: Run, attempt: str, on_round: OnRound) -> None:
     position = loop.fit(feeder, run.checkpoint.every_examples, position, after_round)
     if board is not None:
         board.close()
-        trained = {"step": position.step, "num_examples": position.num_examples}
-        extra: Mapping[str, Any] = {"trained": trained, "label_sets": [s.spec.name for s in sets.values()], "classes": feeder.classes}
-        checkpoint.export(loop.distiller.student, run.recipe.student, student_folder(run), dict(extra))
+        _export(run, loop, sets, position, student_folder(run))
+
+
+def export_newest(run: Run, folder: str) -> int:
+    """Export the student of the newest checkpoint, finished or not; the steps that it was trained."""
+    found = checkpoint.newest(run.output)
+    if found is None:
+        raise ConfigError("no checkpoint yet", where=run.output, action="vkd distill RUN first")
+    _, sets, loop = _loop(run)
+    position = checkpoint.restore(found, loop.distiller, loop.optimizer)
+    _export(run, loop, sets, position, folder)
+    return position.step
+
+
+def _loop(run: Run) -> tuple[Plan, dict[str, LabelSet], Loop]:
+    """The run's plan, label sets and untrained loop, the same on every rank."""
+    plan, sets = open_sets(run, Plan.of(run))
+    emits = {alias: label_set.spec.tensors for alias, label_set in sets.items()}
+    torch.manual_seed(run.train.seed)
+    return plan, sets, Loop(run.recipe.distiller(emits, len(plan.classes())), run.train, device())
+
+
+def _export(run: Run, loop: Loop, sets: Mapping[str, LabelSet], position: Position, folder: str) -> None:
+    trained = {"step": position.step, "num_examples": position.num_examples}
+    extra = {"trained": trained, "label_sets": [label_set.spec.name for label_set in sets.values()]}
+    checkpoint.export(loop.distiller.student, run.recipe.student, folder, extra)
 
 
 def claim_output(run: Run) -> None:
@@ -127,18 +148,12 @@ def _fit_group(run: Run, attempt: str) -> None:
         if asked.workers * each > have.get(kind, 0) + 1e-6:
             what = f"{asked.workers} workers need {asked.workers * each:g} {kind}s, the cluster has {have.get(kind, 0):g}"
             raise ConfigError(what, where="compute.student", action=f"lower compute.student.workers or compute.student.{kind.lower()}s")
-    scaling = ScalingConfig(
-        num_workers=asked.workers,
-        use_gpu=asked.gpus > 0,
-        resources_per_worker={"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {}),
-    )
-    ray_run = RunConfig(
-        name=os.path.basename(attempt),
-        storage_path=files.join(run.output, "ray_train"),
-        failure_config=FailureConfig(max_failures=MAX_FAILURES),
-    )
+    each_worker = {"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {})
+    scaling = ScalingConfig(num_workers=asked.workers, use_gpu=asked.gpus > 0, resources_per_worker=each_worker)
+    retries = FailureConfig(max_failures=MAX_FAILURES)
+    ray_run = RunConfig(name=os.path.basename(attempt), storage_path=files.join(run.output, "ray_train"), failure_config=retries)
     config = {"run": run.model_dump(mode="json"), "attempt": attempt}
-    TorchTrainer(_train_worker, train_loop_config=config, torch_config=TorchConfig(), scaling_config=scaling, run_config=ray_run).fit()
+    TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=ray_run).fit()
 
 
 def _train_worker(config: dict[str, Any]) -> None:

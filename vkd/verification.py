@@ -12,7 +12,7 @@ from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.run import Run
 from vkd.store.encodings import cosine, decode
-from vkd.store.labelset import LabelSet, verify_files
+from vkd.store.labelset import LabelSet, Reject, verify_files
 from vkd.teachers.base import Teacher
 
 MIN_COSINE = 0.99
@@ -113,7 +113,7 @@ def _label_again(run: Run, plan: Plan, teacher: Teacher, label_set: LabelSet, nu
         table, examples = label_set.read(0, chunk), plan.examples(chunk).to_pylist()
         row = int(rng.integers(table.num_rows))
         frames = stages.decode_or_reject(stages.clip_of(examples[row], run.data.views, 0), [teacher.sampling], run.compute.decode.backend)
-        if isinstance(frames, stages.Reject) or table[schema.STATUS][row].as_py() == schema.REJECTED:
+        if isinstance(frames, Reject) or table[schema.STATUS][row].as_py() == schema.REJECTED:
             continue
         answered = teacher({schema.FRAMES: frames[0][None]})
         for name in lowest:
@@ -126,5 +126,6 @@ def _comparable(made: np.ndarray, label_set: LabelSet, name: str) -> np.ndarray:
     """A fresh label in the form that the store gives it back (top-k gives log-probabilities)."""
     if not label_set.spec.encodings[name].startswith("topk"):
         return made.ravel()
-    shifted: np.ndarray = made - made.max()
-    return (shifted - np.log(np.exp(shifted).sum())).ravel()
+    shifted = made - made.max()
+    log_probs: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return log_probs.ravel()

@@ -25,11 +25,11 @@ def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def flops(module: nn.Module, *inputs: Tensor) -> int:
-    """Floating-point operations of one forward pass: matrix products, convolutions and attention; a multiply-add is 2."""
+def flops(call: Callable[..., object], *inputs: Tensor) -> int:
+    """Floating-point operations of one call of a module or function: matrix products, convolutions and attention; a multiply-add is 2."""
     # torch counts nothing for its fused attention on CPU; the plain one is made of matrix products
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module(*inputs)
+        call(*inputs)
     return int(counter.get_total_flops())
 
 
