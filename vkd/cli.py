@@ -20,9 +20,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     help="Distil large frozen video models into small students, on Ray.\n\n"
-    "Start with [bold]vkd run jobs/demo.yaml[/bold]. Or step by step: [bold]manifest[/bold] lists videos, [bold]label[/bold] lets the teacher "
-    "speak once about every clip, [bold]distill[/bold] trains a student on that, [bold]evaluate[/bold] says what it kept. The same command "
-    "after any crash goes on where it stopped.",
+    "Start with [bold]vkd run jobs/demo.yaml[/bold]. Or step by step: [bold]manifest[/bold] lists videos, [bold]label[/bold] lets the "
+    "teacher speak once about every clip, [bold]distill[/bold] trains a student on that, [bold]evaluate[/bold] says what it kept. The "
+    "same command after any crash goes on where it stopped.",
 )
 
 RunFile = Annotated[str, typer.Argument(metavar="RUN", help="A run file, such as jobs/demo.yaml.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from vkd.errors import ConfigError, VkdError
 from vkd.run import Compute
 
 NO_PROGRESS_TIMEOUT_S = 900
+NATIVE_STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,6 @@ def session(compute: Compute) -> Iterator[None]:
         yield
         return
     address = compute.address or os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local":
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor that may restart prints a line of warning
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=True, configure_logging=True, **_local_options(address))
     except (ConnectionError, RayError) as error:
@@ -47,9 +47,34 @@ def session(compute: Compute) -> Iterator[None]:
         ) from error
     _quieten()
     try:
-        yield
+        with _native_lines_to_log():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _native_lines_to_log() -> Iterator[None]:
+    """Send what Ray's C++ writes to the terminal (a line for each actor that may restart) to Ray's log folder.
+
+    Python's own stderr stays where it is.
+    """
+    node = ray._private.worker._global_node
+    if node is None or sys.__stderr__ is None or sys.stderr is not sys.__stderr__ or sys.stderr.fileno() != NATIVE_STDERR:
+        yield
+        return
+    python_stderr = os.fdopen(os.dup(NATIVE_STDERR), "w", buffering=1)
+    kept = os.dup(NATIVE_STDERR)
+    with open(os.path.join(node.get_logs_dir_path(), "vkd-driver-native.log"), "w") as log:
+        os.dup2(log.fileno(), NATIVE_STDERR)
+    sys.stderr = python_stderr
+    try:
+        yield
+    finally:
+        sys.stderr = sys.__stderr__
+        os.dup2(kept, NATIVE_STDERR)
+        os.close(kept)
+        python_stderr.close()
 
 
 def _local_options(address: str) -> dict[str, object]:

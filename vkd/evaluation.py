@@ -128,15 +128,21 @@ def _measure(module: nn.Module, call: Callable[[], object]) -> dict[str, float]:
 
 def retention_rows(measured: Mapping[str, Any]) -> Sequence[tuple[str, str, str, str]]:
     """(what, student, teacher, student / teacher) for a table, from `evaluate`'s tree."""
-    rows = [(name, f"{value:.3f}", "", "") for name, value in measured["fidelity"].items()]
-    for name, values in measured["probes"].items():
-        for column, value in values.items():
-            if column.endswith(f".{EMBEDDING}"):
-                rows.append((f"{name} accuracy", f"{values['student']:.3f}", f"{value:.3f}", f"{values['retention']:.2f}"))
-    costs = measured["cost"]
-    for alias in costs.keys() - {"student"}:
-        for name, form in (("parameters", "{:,.0f}"), ("flops", "{:,.0f}"), ("latency_s", "{:.4f}")):
-            ours, theirs = costs["student"].get(name), costs[alias].get(name)
-            if ours is not None and theirs:
-                rows.append((name, form.format(ours), form.format(theirs), f"{ours / theirs:.3f}"))
+    rows = [
+        (f"{name} accuracy, {column}", *_compared(values["student"], value, "{:.3f}"))
+        for name, values in measured["probes"].items()
+        for column, value in values.items()
+        if column.endswith(f".{EMBEDDING}")
+    ]
+    rows += [(name.replace("_", " "), f"{value:.3f}", "", "") for name, value in sorted(measured["fidelity"].items())]
+    student = measured["cost"]["student"]
+    for alias, teacher in measured["cost"].items():
+        if alias != "student":
+            rows.append(("parameters, millions", *_compared(student["parameters"] / 1e6, teacher["parameters"] / 1e6, "{:.2f}")))
+            rows.append(("GFLOPs a clip", *_compared(student["flops"] / 1e9, teacher["flops"] / 1e9, "{:.2f}")))
+            rows.append(("ms a clip, batch of 1", *_compared(student["latency_s"] * 1e3, teacher["latency_s"] * 1e3, "{:.1f}")))
     return rows
+
+
+def _compared(student: float, teacher: float, form: str) -> tuple[str, str, str]:
+    return form.format(student), form.format(teacher), f"{student / teacher:.3f}" if teacher else "-"

@@ -22,7 +22,7 @@ from vkd.stages import clip_of, decode_or_reject
 from vkd.store.encodings import decode
 from vkd.store.labelset import LabelSet, Reject
 
-READ_AHEAD_BATCHES = 4
+READ_AHEAD_BATCHES = 8  # refilled in bursts of half: makers that work side by side disturb the trainer's threads less
 NUM_THREADS = 2
 
 
@@ -85,8 +85,9 @@ class Feeder:
                     mine = rank_slice(batch, self.rank, self.world_size)
                     made = makers.submit(self._batch, mine, chunks, round_.epoch % self.run.data.views.count)
                     pending.append((round_, len(batch), number == len(batches) - 1, made))
-                    if len(pending) > READ_AHEAD_BATCHES:
-                        yield self._next(pending)
+                    if len(pending) == READ_AHEAD_BATCHES:
+                        while len(pending) > READ_AHEAD_BATCHES // 2:
+                            yield self._next(pending)
             while pending:
                 yield self._next(pending)
 
@@ -108,7 +109,7 @@ class Feeder:
         yield from reading
 
     def _load(self, chunk: Chunk, view: int) -> _Loaded:
-        tables = {alias: label_set.read(view, chunk) for alias, label_set in self.sets.items()}
+        tables = {alias: label_set.read(view, chunk).combine_chunks() for alias, label_set in self.sets.items()}
         examples = self.plan.examples(chunk)
         usable = np.ones(examples.num_rows, bool)
         for table in tables.values():

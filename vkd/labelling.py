@@ -17,7 +17,7 @@ from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask, TaskPoolS
 from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
 
-from vkd import cluster, planning, stages
+from vkd import cluster, planning, stages, status
 from vkd.clips import ViewPolicy
 from vkd.errors import LabelsMissing, ManifestError
 from vkd.planning import FRAMES_ALIAS, Plan
@@ -25,6 +25,7 @@ from vkd.rounds import Chunk
 from vkd.run import Compute, Run
 from vkd.schema import FRAMES, Columns
 from vkd.stages import ITEM, STATS, Item, Job
+from vkd.store import files
 from vkd.store.labelset import LabelSet, LabelSetSpec
 from vkd.teachers.base import Teacher
 
@@ -72,6 +73,8 @@ def label(run: Run, chunks: Sequence[Chunk], progress: Callable[[LabelReport], N
     todo = sum(plan.examples(item.chunk).num_rows for item in items)
     report.present = report.planned - todo
     if items:
+        for spec in specs.values():
+            status.note_planned(files.join(run.labels.store, spec.name), report.planned // run.data.views.count)
         job = _job(run, plan, specs, teachers, items)
         if FRAMES_ALIAS in specs:
             LabelSet.create(run.labels.store, specs[FRAMES_ALIAS], {}, stages.recorded(), {})

@@ -13,6 +13,7 @@ from vkd.planning import Plan
 from vkd.run import Run
 from vkd.store import files
 from vkd.training import TrainReport
+from vkd.video.decode import check_decoder
 
 
 class Watcher(Protocol):
@@ -26,6 +27,7 @@ class Watcher(Protocol):
 
 def label(run: Run, watch: Watcher, fraction: float = 1.0) -> LabelReport:
     """Label what the store lacks of the run's clips, or of a seeded sample of its chunks."""
+    check_decoder()
     build_manifest(run, watch)
     watch.stage("label")
     chunks = Plan.of(run).sample(fraction, run.data.views.seed)
@@ -46,10 +48,11 @@ def evaluate(run: Run, watch: Watcher, student: str | None = None) -> dict[str, 
     return measured
 
 
-def run_all(run: Run, watch: Watcher) -> tuple[LabelReport, TrainReport, dict[str, Any]]:
-    """Label, distill, evaluate: each does only what is left to do."""
+def run_all(run: Run, watch: Watcher) -> tuple[LabelReport, TrainReport, dict[str, Any] | None]:
+    """Label, distill and, when clips are held out, evaluate: each does only what is left to do."""
     with cluster.session(run.compute):
-        return label(run, watch), distill(run, watch), evaluate(run, watch)
+        held_out = run.data.split.by != "none"
+        return label(run, watch), distill(run, watch), evaluate(run, watch) if held_out else None
 
 
 def build_manifest(run: Run, watch: Watcher) -> None:

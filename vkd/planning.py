@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from vkd import models, schema
 from vkd.clips import ClipPlan, Sampling, SplitPlan, assign_splits, plan_examples
+from vkd.errors import ConfigError
 from vkd.manifest import Manifest
 from vkd.models import ModelSpec
 from vkd.rounds import Chunk, chunks_of
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # decode workers plan, and must not import the recipes' torch
     from vkd.teachers.base import Teacher
 
 FRAMES_ALIAS = "frames"
-FRAME_ENCODINGS = {"jpeg": "jpeg:95", "raw": "raw"}
+FRAME_ENCODINGS = {"jpeg": "jpeg:90", "raw": "raw"}
 
 
 class Plan:
@@ -93,7 +94,7 @@ def student_sampling(run: Run) -> Sampling:
 def teacher_spec(run: Run, alias: str, teacher: Teacher) -> LabelSetSpec:
     """The label set of one teacher: every input that decides its labels."""
     fields = _input_fields(run, teacher.sampling) | {"teacher": teacher.identity()}
-    encodings = {name: run.labels.encodings.get(name, "fp16") for name in teacher.emits}
+    encodings = {name: encoding for name, encoding in run.labels.encodings.items() if name in teacher.emits}
     return LabelSetSpec(alias, fields, dict(teacher.emits), encodings)
 
 
@@ -105,7 +106,12 @@ def frames_spec(run: Run, sampling: Sampling) -> LabelSetSpec:
 
 
 def label_specs(run: Run, teachers: Mapping[str, Teacher]) -> dict[str, LabelSetSpec]:
-    """Every label set that the run needs, frames included when they are kept."""
+    """Every label set that the run needs, frames included when they are kept. Raises ConfigError for an encoding of no label."""
+    emitted = {name for teacher in teachers.values() for name in teacher.emits}
+    for name in run.labels.encodings:
+        if name not in emitted:
+            action = f"name one of {', '.join(sorted(emitted))}"
+            raise ConfigError(f"no teacher emits {name!r}", where=f"labels.encodings.{name}", action=action)
     specs = {alias: teacher_spec(run, alias, teacher) for alias, teacher in teachers.items()}
     if run.data.keep_frames != "none":
         specs[FRAMES_ALIAS] = frames_spec(run, student_sampling(run))

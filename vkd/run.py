@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
@@ -24,6 +24,8 @@ class _Part(BaseModel):
 
 def absolute(path: str) -> str:
     """A local path made absolute (Ray workers have another working directory); a uri as it is."""
+    if not isinstance(path, str):
+        raise ValueError("a place is the path or uri of a folder")
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
@@ -120,7 +122,13 @@ class Compute(_Part):
 def _recipe(value: Any) -> Any:
     if not isinstance(value, Mapping) or "name" not in value:
         raise ValueError("a recipe is a mapping with a name")
-    return find(ModelSpec(name=value["name"]), RECIPES, "recipe").model_validate(value)
+    try:
+        kind = find(ModelSpec(name=value["name"]), RECIPES, "recipe")
+    except ConfigError as error:
+        raise ConfigError(error.what, where="recipe.name", action=error.action) from error
+    if not (isinstance(kind, type) and issubclass(kind, Recipe)):
+        raise ValueError(f"{value['name']!r} is no recipe")
+    return kind.model_validate(value)
 
 
 class Run(_Part):
@@ -159,7 +167,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> list[Run]:
     try:
         workflow = Workflow.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, str(path), Workflow) from error
+        raise _explain(error, str(path), Workflow, tree) from error
     folder = Path(path).parent
     return [parse(_read_yaml(folder / s.run), [*s.set, *overrides], where=str(folder / s.run)) for s in workflow.runs]
 
@@ -179,7 +187,7 @@ def parse(tree: dict[str, Any], overrides: Sequence[str] = (), where: str = "run
     try:
         return Run.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, where, Run) from error
+        raise _explain(error, where, Run, tree) from error
 
 
 def dump(run: Run) -> str:
@@ -216,23 +224,24 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: the value is not YAML", action="quote it") from error
 
 
-def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> ConfigError:
+def _explain(error: ValidationError, where: str, model: type[BaseModel], tree: Mapping[str, Any]) -> ConfigError:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _keys_at(model, first["loc"][:-1])
+        known = _keys_at(model, first["loc"][:-1], tree)
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return ConfigError(f"unknown key {path!r}", where=where, action=f"{hint}known there: {', '.join(known)}")
     got = f", not {first['input']!r}" if first["type"] != "missing" and not isinstance(first["input"], dict) else ""
-    return ConfigError(f"{path}: {first['msg']}{got}", where=where, action="mend this key")
+    return ConfigError(f"{path}: {first['msg'].removeprefix('Value error, ')}{got}", where=where, action="mend this key")
 
 
-def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+def _keys_at(model: type[BaseModel], location: Sequence[str | int], tree: Any) -> list[str]:
+    """The keys that are known at a place of the tree; those of a recipe depend on its name."""
+    kind: Any = model
     for part in location:
-        field = model.model_fields.get(str(part))
-        kind = field.annotation if field else None
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            return []
-        model = kind
-    return list(model.model_fields)
+        tree = tree[part]
+        kind = get_args(kind)[0] if isinstance(part, int) else kind.model_fields[part].annotation
+        if kind is Recipe:
+            kind = find(ModelSpec(name=tree["name"]), RECIPES, "recipe")
+    return list(kind.model_fields)

@@ -106,8 +106,7 @@ class Teach:
                 "this node has other weight files than the driver", where=alias, action="install the same package everywhere"
             )
         self.teacher.load(device())
-        answered = self.teacher(self.teacher.probe_batch())
-        probe = {name: answered[name] for name in self.spec.tensors}
+        probe = self._answers(self.teacher.probe_batch())
         measured = {name: fidelity(probe[name], tensor, self.spec.encodings[name]) for name, tensor in self.spec.tensors.items()}
         self.set = LabelSet.create(job.store, self.spec, probe, recorded(), measured)
 
@@ -131,7 +130,7 @@ class Teach:
     def _labels(self, frames: np.ndarray, rejects: Mapping[int, Reject]) -> tuple[dict[str, np.ndarray], dict[int, Reject]]:
         """Labels of all rows (zeros where rejected), checked against the contract; rows that are not finite are rejected."""
         good = np.array([row for row in range(len(frames)) if row not in rejects], np.int64)
-        answered = self.teacher({FRAMES: frames[good]}) if len(good) else {}
+        answered = self._answers({FRAMES: frames[good]}) if len(good) else {}
         labels: dict[str, np.ndarray] = {}
         found = dict(rejects)
         for name, tensor in self.spec.tensors.items():
@@ -146,6 +145,12 @@ class Teach:
             finite = np.isfinite(answered[name].reshape(len(good), -1)).all(axis=1)
             found |= {int(row): Reject("teach", "not_finite", f"{name} is not finite", True, 1) for row in good[~finite]}
         return labels, found
+
+    def _answers(self, batch: Columns) -> Columns:
+        answered = self.teacher(batch)
+        if lacking := sorted(set(self.spec.tensors) - set(answered)):
+            raise TeacherError(f"gives no {lacking[0]!r}, which it says it emits", where=self.alias, action="mend emits")
+        return {name: answered[name] for name in self.spec.tensors}
 
     def _fidelity(self, labels: Columns, rejects: Mapping[int, Reject]) -> dict[str, dict[str, float]]:
         good = [row for row in range(len(next(iter(labels.values())))) if row not in rejects]

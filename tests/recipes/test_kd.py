@@ -116,7 +116,7 @@ def test_a_label_that_the_teacher_does_not_emit_is_named() -> None:
 
 
 def test_cross_entropy_without_labels_says_how_to_get_them() -> None:
-    with pytest.raises(ConfigError, match="the manifest has none.*column 'label'"):
+    with pytest.raises(ConfigError, match=r"the manifest has none.*column 'label'"):
         distiller(0, weights={"cross_entropy": 1.0})
 
 

@@ -274,7 +274,7 @@ def test_corrupt_bytes_are_detected(local):
     path = f"{label_set.uri}/view=0/s1/chunk-00000.a0.parquet"
     good = files.read(path)
     rng = np.random.default_rng(0)
-    for at in rng.choice(len(good) // 2, 12, replace=False).tolist() + [len(good) - 6]:
+    for at in [*rng.choice(len(good) // 2, 12, replace=False).tolist(), len(good) - 6]:
         bad = bytearray(good)
         bad[at] ^= 0x55
         files.put(path, bytes(bad))
@@ -369,7 +369,7 @@ def test_foreign_fields_are_refused_by_name(local):
     document["fields"]["teacher"]["version"] = 2
     files.put(path, json.dumps(document).encode())
     for opened in (lambda: LabelSet.open(local, make_spec()), lambda: make_set(local)):
-        with pytest.raises(LabelsMismatch, match="teacher.version: 2 there, 1 here"):
+        with pytest.raises(LabelsMismatch, match=r"teacher\.version: 2 there, 1 here"):
             opened()
     files.put(path, b"{")
     with pytest.raises(StorageError, match="not JSON"):

@@ -4,7 +4,7 @@ A label `x` is the column `x`, whose field metadata gives dtype, shape and encod
 
     fp32, fp16, raw   x: the values                        int8     x: codes; x.scale: float32, one a row
     topk:K            x: fp16 logit - logsumexp of the K largest; x.index: int32; x.logsumexp: float32
-    jpeg:Q            x: concatenated JPEGs; x.lengths: bytes of each
+    jpeg:Q            x: one JPEG of the frames of a clip, one under the other
 
 A ragged tensor (leading axis unknown) is variable-length binary, with its leading length in x.length.
 """
@@ -84,7 +84,7 @@ def decode(table: pa.Table, name: str, rows: Int[np.ndarray, " m"] | None = None
     if tensor.ragged:
         return _decode_ragged(table, name, chosen, tensor, kind)
     if kind == "jpeg":
-        return _decode_jpeg(array, _column(table, f"{name}.lengths"), chosen, tensor)
+        return _decode_jpeg(array, chosen, tensor)
     view = _view(array, np.dtype(STORED.get(kind, tensor.dtype)))
     valid = np.asarray(array.is_valid().to_numpy(zero_copy_only=False)) if array.null_count else None
     view, valid = (view, valid) if rows is None else (view[rows], None if valid is None else valid[rows])
@@ -249,26 +249,22 @@ def _log_softmax(x: Float[np.ndarray, "*n c"]) -> Float[np.ndarray, "*n c"]:
 
 
 def _encode_jpeg(name: str, frames: UInt8[np.ndarray, "n t h w 3"], valid: np.ndarray, q: int, metadata: Metadata) -> Encoded:
-    clips = [[_to_jpeg(frame, q) for frame in clip] if ok else None for clip, ok in zip(frames, valid, strict=True)]
-    blobs = pa.array([None if clip is None else b"".join(clip) for clip in clips], pa.large_binary())
-    lengths = pa.array([None if clip is None else [len(jpeg) for jpeg in clip] for clip in clips], pa.list_(pa.int32()))
-    return [_column_of(name, blobs, metadata), _column_of(f"{name}.lengths", lengths)]
+    blobs = [_to_jpeg(clip, q) if ok else None for clip, ok in zip(frames, valid, strict=True)]
+    return [_column_of(name, pa.array(blobs, pa.large_binary()), metadata)]
 
 
-def _to_jpeg(frame: UInt8[np.ndarray, "h w 3"], quality: int) -> bytes:
+def _to_jpeg(clip: UInt8[np.ndarray, "t h w 3"], quality: int) -> bytes:
+    """One image of all frames, one under the other: it decodes in half the time of as many small ones."""
     sink = io.BytesIO()
-    Image.fromarray(frame).save(sink, "JPEG", quality=quality)
+    Image.fromarray(clip.reshape(-1, *clip.shape[2:])).save(sink, "JPEG", quality=quality)
     return sink.getvalue()
 
 
-def _decode_jpeg(blobs: pa.Array, lengths: pa.Array, rows: np.ndarray, tensor: TensorType) -> UInt8[np.ndarray, "m t h w 3"]:
+def _decode_jpeg(blobs: pa.Array, rows: np.ndarray, tensor: TensorType) -> UInt8[np.ndarray, "m t h w 3"]:
     frames = np.zeros((len(rows), *tensor.row_shape), np.uint8)
-    for out, i in zip(frames, rows.tolist(), strict=True):
+    for clip, i in zip(frames, rows.tolist(), strict=True):
         if blobs[i].is_valid:
-            ends = np.cumsum(lengths[i].as_py())
-            blob = memoryview(blobs[i].as_buffer())
-            for t, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-                out[t] = np.asarray(Image.open(io.BytesIO(blob[start:end])))
+            clip[:] = np.asarray(Image.open(io.BytesIO(memoryview(blobs[i].as_buffer())))).reshape(clip.shape)
     return frames
 
 

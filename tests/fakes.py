@@ -1,0 +1,97 @@
+"""Tiny teachers that take no time, for runs of tests: `fakes:TinyTeacher` and what can be wrong with one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vkd.clips import Sampling
+from vkd.schema import FRAMES, Columns, TensorType
+from vkd.schema import digest as digest_of
+from vkd.teachers.base import Teacher
+
+NUM_CLASSES, NUM_DIMS, GRID = 5, 8, 4
+
+
+class TinyTeacher(Teacher):
+    """A fixed random linear map of a clip's coarse colours; `weights` names a file that decides which one."""
+
+    version = 1
+
+    def __init__(self, num_frames: int = 2, size_px: int = 16, weights: str | None = None, seed: int = 0) -> None:
+        self.sampling = Sampling(num_frames=num_frames, size_px=size_px)
+        self.weights, self.seed = weights, seed
+        rng = np.random.default_rng(seed)
+        self.matrix = rng.standard_normal((num_frames * GRID * GRID * 3, NUM_CLASSES + NUM_DIMS)).astype(np.float32) / 10
+
+    @property
+    def emits(self) -> Mapping[str, TensorType]:
+        return {"logits": TensorType("float32", (NUM_CLASSES,)), "embedding": TensorType("float32", (NUM_DIMS,))}
+
+    def identity(self) -> dict[str, Any]:
+        files = {} if self.weights is None else {"weights": digest_of(Path(self.weights).read_text())}
+        return {"name": type(self).__name__, "version": self.version, "seed": self.seed} | files
+
+    def load(self, device: str) -> None:
+        self.loaded_on = torch.device(device)
+
+    @property
+    def module(self) -> nn.Module:
+        return nn.Linear(*self.matrix.shape)
+
+    def __call__(self, batch: Columns) -> Columns:
+        return batch | self.labels(batch[FRAMES])
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        num_rows, num_frames, size_px = frames.shape[:3]
+        cells = frames.reshape(num_rows, num_frames, GRID, size_px // GRID, GRID, size_px // GRID, 3).mean(axis=(3, 5))
+        answers = (cells.reshape(num_rows, -1).astype(np.float32) / 64 - 2) @ self.matrix
+        return {"logits": answers[:, :NUM_CLASSES], "embedding": answers[:, NUM_CLASSES:]}
+
+
+class NotFinite(TinyTeacher):
+    """Answers its probe, and NaN for every clip but the first of a batch."""
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        answers = super().labels(frames)
+        answers["logits"][1:, 0] = np.nan
+        return answers
+
+
+class WrongOnClips(TinyTeacher):
+    """Answers its probe as it says, and clips with one logit less."""
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        answers = super().labels(frames)
+        return answers if len(frames) == 1 else answers | {"logits": answers["logits"][:, 1:]}
+
+
+class WrongShape(TinyTeacher):
+    """Emits embeddings of another size than it says."""
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        answers = super().labels(frames)
+        return answers | {"embedding": answers["embedding"][:, 1:]}
+
+
+class Silent(TinyTeacher):
+    """Does not give the logits that it says it emits."""
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        return {"embedding": super().labels(frames)["embedding"]}
+
+
+class Counts(TinyTeacher):
+    """Emits whole numbers."""
+
+    @property
+    def emits(self) -> Mapping[str, TensorType]:
+        return {"counts": TensorType("int32", (NUM_CLASSES,))}
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        return {"counts": super().labels(frames)["logits"].astype(np.int32)}

@@ -1,0 +1,96 @@
+"""A small run of a fake teacher on real clips, and its labels made without Ray by the functions that Ray's workers call."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import yaml
+
+from vkd import planning, stages
+from vkd.feeding import Feeder, open_sets
+from vkd.planning import FRAMES_ALIAS, Plan
+from vkd.run import Run, parse
+from vkd.schema import TRAIN, Columns
+from vkd.stages import ITEM, Job
+from vkd.store.labelset import LabelSet
+
+Tree = dict[str, Any]
+
+
+def with_many_keyframes(source: Path, target: Path) -> None:
+    """The same video encoded anew with a keyframe every half second: clips of it decode in little time."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream("libx264", rate=30, options={"g": "15", "bf": "0", "sc_threshold": "0", "preset": "ultrafast"})
+        stream.width, stream.height = old.streams.video[0].width, old.streams.video[0].height
+        for index, frame in enumerate(old.decode(video=0)):
+            frame.pts, frame.time_base = index, Fraction(1, 30)
+            frame.pict_type = av.video.frame.PictureType.NONE
+            new.mux(stream.encode(frame))
+        new.mux(stream.encode(None))
+
+
+def tree_of(folder: Path) -> Tree:
+    """A run of TinyTeacher and a small student: all that it reads and writes lies in `folder`."""
+    return {
+        "name": "small",
+        "output": str(folder / "out"),
+        "data": {
+            "manifest": str(folder / "manifest"),
+            "clips": {"plan": "windows", "length_s": 0.5},
+            "split": {"by": "time", "holdout": 0.26},
+            "keep_frames": "raw",
+        },
+        "labels": {"store": str(folder / "labels"), "encodings": {"logits": "fp32", "embedding": "fp32"}},
+        "recipe": {"name": "kd", "teacher": "fakes:TinyTeacher", "student": {"name": "shift_cnn", "num_frames": 2, "size_px": 32}},
+        "train": {"epochs": 3, "batch_size": 8, "learning_rate": 0.002},
+        "checkpoint": {"every_examples": 10},
+    }
+
+
+def changed(run: Run, *overrides: str) -> Run:
+    """The run with `key=value` changes."""
+    return parse(run.model_dump(mode="json"), overrides)
+
+
+def job_of(run: Run) -> Job:
+    """The labelling of what the store of a run lacks."""
+    from vkd import labelling  # imports Ray, which takes seconds
+
+    plan, teachers = Plan.of(run), planning.build_teachers(run.recipe.teachers)
+    specs = planning.label_specs(run, teachers)
+    items = labelling.missing_items(run, specs, plan.chunks)
+    if FRAMES_ALIAS in specs:
+        LabelSet.create(run.labels.store, specs[FRAMES_ALIAS], {}, stages.recorded(), {})
+    return labelling._job(run, plan, specs, teachers, items)
+
+
+def label(run: Run) -> Job:
+    """Label what lacks, chunk by chunk in this process."""
+    job = job_of(run)
+    teach = {alias: stages.Teach(job, alias, 1, last=alias == list(job.teachers)[-1]) for alias in job.teachers}
+    for number in range(len(job.items)):
+        batch = decoded(job, number)
+        for teacher in teach.values():
+            batch = teacher(batch)
+    return job
+
+
+def decoded(job: Job, number: int = 0) -> Columns:
+    """One item of a job after the decode stage."""
+    return stages.decode(job, {ITEM: np.array([number])})
+
+
+def feeder_of(run: Run, split: str = TRAIN, rank: int = 0, world_size: int = 1) -> Feeder:
+    """Feeds one rank from the run's label sets."""
+    plan, sets = open_sets(run, Plan.of(run))
+    return Feeder(run, plan, sets, split, rank, world_size)
+
+
+def write(tree: Tree, path: Path) -> Path:
+    """The tree as a run file."""
+    path.write_text(yaml.safe_dump(tree))
+    return path

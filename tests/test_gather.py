@@ -1,0 +1,141 @@
+"""Sums over ranks: four ranks that see parts of a batch learn what one rank learns from all of it."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vkd import gather
+from vkd.recipes.base import Batch, Emits
+from vkd.recipes.kd import KD, KDDistiller, KDWeights
+from vkd.schema import TensorType
+
+EMITS: Emits = {"teacher": {"logits": TensorType("float32", (10,)), "embedding": TensorType("float32", (16,))}}
+NUM_ROWS, WORLD_SIZE = 32, 4
+NOT_ADDITIVE = {"similarity"}  # a row's loss depends on the rows beside it, so on how they fall on ranks
+LOSSES = [name for name in KDWeights.model_fields if name not in NOT_ADDITIVE]
+ROWS_OF_RANKS = {"even": [8, 8, 8, 8], "ragged": [1, 13, 7, 11], "one rank is empty": [16, 0, 9, 7], "one rank has all": [0, 0, 32, 0]}
+Learned = dict[str, Tensor]  # gradient by parameter, and `loss/<name>` for each mean
+
+
+def distiller(names: list[str]) -> KDDistiller:
+    torch.manual_seed(0)
+    student = {"name": "shift_cnn", "num_frames": 2, "size_px": 16}
+    weights = dict.fromkeys(KDWeights.model_fields, 0.0) | dict.fromkeys(names, 1.5)
+    return KD.model_validate({"name": "kd", "teacher": "t", "student": student, "weights": weights}).distiller(EMITS, 4)
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "frames": torch.randint(0, 256, (NUM_ROWS, 2, 16, 16, 3), dtype=torch.uint8, generator=generator),
+        "teacher.logits": 3 * torch.randn(NUM_ROWS, 10, generator=generator),
+        "teacher.embedding": torch.randn(NUM_ROWS, 16, generator=generator),
+        "label": torch.arange(NUM_ROWS) % 5 - 1,  # every fifth row has none
+        "weight": torch.ones(NUM_ROWS),
+    }
+
+
+def rows_of(start: int, count: int) -> Batch:
+    """Rows of the batch, or one masked row when there are none."""
+    part = {name: tensor[start : start + max(count, 1)].clone() for name, tensor in batch().items()}
+    if not count:
+        part = {name: tensor[:1] for name, tensor in batch().items()} | {"weight": torch.zeros(1)}
+    return part
+
+
+def learn(module: nn.Module, part: Batch) -> Learned:
+    loss, means = gather.total_loss(module(part))
+    loss.backward()  # type: ignore[no-untyped-call]
+    grads = {name.removeprefix("module."): p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return grads | {f"loss/{name}": torch.tensor(value) for name, value in means.items()}
+
+
+def learn_on_a_rank(rank: int, folder: str) -> None:
+    """What each of four processes does; rank 0 saves what it learned."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
+    found = {}
+    for split, counts in ROWS_OF_RANKS.items():
+        part = rows_of(sum(counts[:rank]), counts[rank])
+        for name in [*LOSSES, *NOT_ADDITIVE]:
+            found[f"{split}/{name}"] = learn(DistributedDataParallel(distiller([name])), part)
+        found[f"{split}/all"] = learn(DistributedDataParallel(distiller(LOSSES)), part)
+    assert gather.world() == (rank, WORLD_SIZE)
+    assert gather.sum_over_ranks(torch.tensor([1.0, rank])).tolist() == [4.0, 6.0]
+    if rank == 0:
+        torch.save(found, Path(folder) / "learned.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Learned]:
+    """What four ranks learned, by split of the rows and loss. They are forked from one fresh process: torch is imported once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    subprocess.run([sys.executable, "-W", "error", __file__, folder], check=True, timeout=120)
+    found: dict[str, Learned] = torch.load(folder / "learned.pt", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "all"])
+@pytest.mark.parametrize("split", ROWS_OF_RANKS)
+def test_four_ranks_learn_what_one_learns(learned: dict[str, Learned], split: str, name: str) -> None:
+    alone = learn(distiller(LOSSES if name == "all" else [name]), batch())
+    assert any(tensor.abs().max() > 1e-3 for tensor in alone.values())
+    torch.testing.assert_close(learned[f"{split}/{name}"], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NOT_ADDITIVE)
+def test_a_loss_is_exempt_only_while_it_must_be(learned: dict[str, Learned], name: str) -> None:
+    alone = learn(distiller([name]), batch())
+    assert set(learned[f"even/{name}"]) == set(alone)
+    assert all(tensor.isfinite().all() for tensor in learned[f"one rank is empty/{name}"].values())
+    with pytest.raises(AssertionError, match="not close"):
+        torch.testing.assert_close(learned[f"even/{name}"], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(learned[f"one rank has all/{name}"], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_group_of_one_is_no_group(tmp_path: Path) -> None:
+    part = rows_of(0, 5)
+    alone = learn(distiller(LOSSES), part)
+    assert gather.world() == (0, 1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        assert gather.world() == (0, 1)
+        torch.testing.assert_close(learn(DistributedDataParallel(distiller(LOSSES)), part), alone, rtol=0, atol=1e-7)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_batch_without_rows_has_a_loss_of_zero() -> None:
+    found = learn(distiller([*LOSSES, *NOT_ADDITIVE]), rows_of(0, 0))
+    assert all(not tensor.any() for tensor in found.values())
+
+
+def test_means_are_over_the_rows_that_each_loss_counts() -> None:
+    losses = {"a": (torch.tensor(6.0), torch.tensor(3.0)), "b": (torch.tensor(8.0), torch.tensor(2.0))}
+    loss, means = gather.total_loss(losses)
+    assert means == {"a": 2.0, "b": 4.0}
+    assert loss.item() == 6.0
+
+
+def test_a_sum_is_a_copy_without_gradient() -> None:
+    values = torch.ones(2, requires_grad=True)
+    total = gather.sum_over_ranks(values)
+    assert not total.requires_grad
+    total += 1
+    assert values.tolist() == [1, 1]
+
+
+if __name__ == "__main__":
+    importlib.import_module("torch._dynamo")  # DistributedDataParallel would, for a second in each rank
+    mp.start_processes(learn_on_a_rank, (sys.argv[1],), nprocs=WORLD_SIZE, start_method="fork")  # type: ignore[no-untyped-call]
