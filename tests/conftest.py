@@ -44,12 +44,12 @@ def clips_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def small_videos(clips_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of three videos of 4 s: `b_dull.mp4` differs from the other two."""
+    """A folder of three videos of 4 s; the last is the first one backwards."""
     import small
 
     folder = tmp_path_factory.mktemp("videos")
     for name, source in (("a_sharp", "pristine"), ("b_dull", "distorted"), ("c_sharp", "pristine")):
-        small.with_many_keyframes(clips_dir / f"carphone_{source}.mp4", folder / f"{name}.mp4")
+        small.with_many_keyframes(clips_dir / f"carphone_{source}.mp4", folder / f"{name}.mp4", backwards=name == "c_sharp")
     return folder
 
 

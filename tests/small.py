@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from vkd.store.labelset import LabelSet
 Tree = dict[str, Any]
 
 
-def with_many_keyframes(source: Path, target: Path) -> None:
+def with_many_keyframes(source: Path, target: Path, *, backwards: bool) -> None:
     """The same video encoded anew with a keyframe every half second: clips of it decode in little time."""
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
         stream = new.add_stream("libx264", rate=30, options={"g": "15", "bf": "0", "sc_threshold": "0", "preset": "ultrafast"})
         stream.width, stream.height = old.streams.video[0].width, old.streams.video[0].height
-        for index, frame in enumerate(old.decode(video=0)):
+        frames = list(old.decode(video=0))
+        for index, frame in enumerate(frames[::-1] if backwards else frames):
             frame.pts, frame.time_base = index, Fraction(1, 30)
             frame.pict_type = av.video.frame.PictureType.NONE
             new.mux(stream.encode(frame))
@@ -88,6 +90,17 @@ def feeder_of(run: Run, split: str = TRAIN, rank: int = 0, world_size: int = 1) 
     """Feeds one rank from the run's label sets."""
     plan, sets = open_sets(run, Plan.of(run))
     return Feeder(run, plan, sets, split, rank, world_size)
+
+
+def copied(run: Run, folder: Path) -> Run:
+    """The run with a copy of its label store, to be spoilt."""
+    shutil.copytree(run.labels.store, folder / "labels")
+    return changed(run, f"labels.store={folder}/labels")
+
+
+def chunk_files(run: Run, alias: str) -> list[Path]:
+    """The committed files of one label set, in the order of their chunks."""
+    return sorted(Path(run.labels.store).glob(f"{alias}-*/view=*/*/chunk-*.parquet"))
 
 
 def write(tree: Tree, path: Path) -> Path:

@@ -138,4 +138,4 @@ def test_a_sum_is_a_copy_without_gradient() -> None:
 
 if __name__ == "__main__":
     importlib.import_module("torch._dynamo")  # DistributedDataParallel would, for a second in each rank
-    mp.start_processes(learn_on_a_rank, (sys.argv[1],), nprocs=WORLD_SIZE, start_method="fork")  # type: ignore[no-untyped-call]
+    mp.start_processes(learn_on_a_rank, (sys.argv[1],), nprocs=WORLD_SIZE, start_method="fork")  # type: ignore[no-untyped-call, attr-defined]

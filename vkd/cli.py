@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -25,8 +28,9 @@ app = typer.Typer(
     "same command after any crash goes on where it stopped.",
 )
 
+INTERRUPTED = 130
 RunFile = Annotated[str, typer.Argument(metavar="RUN", help="A run file, such as jobs/demo.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.epochs=1.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.epochs=1.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last on stdout; all else goes to stderr.")]
 
 
@@ -50,6 +54,7 @@ def manifest(
         report = build(_absolute(source), _absolute(out), options, screen.probed)
         screen.close()
         screen.line(f"{out}: {report}")
+        screen.line(f"next: name it in a run file as data.manifest: {out}, then vkd label RUN")
         _finish(as_json, {"manifest": out, "videos": report.videos, "new": report.new, "rejected": report.rejected})
 
 
@@ -64,14 +69,16 @@ def label(
     from vkd import pipeline
     from vkd.run import load_one
 
-    with _screen(as_json) as screen:
-        loaded = load_one(run, overrides or [])
-        report = pipeline.label(loaded, screen, _fraction(limit))
+    with _screen(as_json, run, overrides) as screen:
+        fraction, loaded = _fraction(limit), load_one(run, overrides or [])
+        report = pipeline.label(loaded, screen, fraction)
         screen.close()
-        screen.line(_label_line(report, loaded.labels.store))
+        screen.labels(report, loaded.labels.store)
         for name, measured in report.fidelity.items():
             screen.line(f"  encoding of {name}: " + ", ".join(f"{k} {v:.6g}" for k, v in measured.items()))
-        screen.line(f"next: vkd distill {run}")
+        given = _words(run, overrides)
+        rest = f"vkd label {given} for the rest, or vkd distill {given} labels.allow_partial=true"
+        screen.line(f"next: {rest if fraction < 1 else f'vkd distill {given}'}")
         _finish(as_json, _label_json(report))
 
 
@@ -81,11 +88,13 @@ def distill(run: RunFile, overrides: Overrides = None, as_json: Json = False) ->
     from vkd import pipeline
     from vkd.run import load_one
 
-    with _screen(as_json) as screen:
-        report = pipeline.distill(load_one(run, overrides or []), screen)
+    with _screen(as_json, run, overrides) as screen:
+        loaded = load_one(run, overrides or [])
+        report = pipeline.distill(loaded, screen)
         screen.close()
-        screen.line(_train_line(report))
-        screen.line(f"next: vkd evaluate {run}")
+        screen.student(report)
+        if loaded.data.split.by != "none":
+            screen.line(f"next: vkd evaluate {_words(run, overrides)}")
         _finish(as_json, vars(report))
 
 
@@ -100,10 +109,10 @@ def evaluate(
     from vkd import pipeline
     from vkd.run import load_one
 
-    with _screen(as_json) as screen:
+    with _screen(as_json, run, overrides) as screen:
         measured = pipeline.evaluate(load_one(run, overrides or []), screen, student)
         screen.close()
-        _show_evaluation(screen, measured)
+        screen.retention(measured)
         _finish(as_json, measured)
 
 
@@ -113,16 +122,17 @@ def run_command(run: RunFile, overrides: Overrides = None, as_json: Json = False
     from vkd import pipeline
     from vkd.run import load
 
-    with _screen(as_json) as screen:
+    with _screen(as_json, run, overrides) as screen:
         results: dict[str, Any] = {}
         for loaded in load(run, overrides or []):
             labelled, trained, measured = pipeline.run_all(loaded, screen)
             screen.close()
-            screen.line(_label_line(labelled, loaded.labels.store))
-            screen.line(_train_line(trained))
-            _show_evaluation(screen, measured)
+            screen.labels(labelled, loaded.labels.store)
+            screen.student(trained)
+            if measured is not None:
+                screen.retention(measured)
             screen.timings({})
-            screen.line(f"results: {loaded.output}  (student/, evaluation.json, run.yaml, tensorboard/)")
+            screen.line(f"results: {loaded.output}  (student/, {'evaluation.json, ' if measured else ''}run.yaml, tensorboard/)")
             results[loaded.name] = {"label": _label_json(labelled), "distill": vars(trained), "evaluate": measured}
         _finish(as_json, results)
 
@@ -152,7 +162,7 @@ def verify(
     from vkd import verification
     from vkd.run import load_one
 
-    with _screen(as_json) as screen:
+    with _screen(as_json, run, overrides) as screen:
         loaded = load_one(run, overrides or [])
         found = verification.verify(loaded, sample)
         screen.table(
@@ -164,7 +174,7 @@ def verify(
             screen.table("rejects", ("clip", "stage", "reason", "message"), [r.cells() for r in verification.list_rejects(loaded)])
         _finish(as_json, {"ok": found.ok, "sets": [vars(row) for row in found.sets], "agreement": found.agreement})
         if not found.ok:
-            raise ConfigError("the labels are not whole, see above", where=loaded.labels.store, action=f"vkd label {run}")
+            raise ConfigError("the labels are not whole, see above", where=loaded.labels.store, action=found.action)
 
 
 @app.command()
@@ -178,7 +188,7 @@ def export(
     from vkd import training
     from vkd.run import load_one
 
-    with _screen(as_json) as screen:
+    with _screen(as_json, run, overrides) as screen:
         step = training.export_newest(load_one(run, overrides or []), _absolute(out))
         screen.line(f"{out}: the student after step {step}; load it with vkd.checkpoint.load_student({out!r})")
         _finish(as_json, {"student": out, "step": step})
@@ -187,22 +197,25 @@ def export(
 def main() -> None:
     """Entry point: every error becomes one clear line and its exit code."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except typer._click.exceptions.ClickException as error:
+        code = app(standalone_mode=False)  # typer turns Ctrl-C into 130
+    except typer._click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
+    except typer._click.exceptions.ClickException as error:
+        verb = error.ctx.command_path if isinstance(error, typer._click.exceptions.UsageError) and error.ctx else "vkd"
+        _fail(f"{error.format_message()} -> see {verb} --help", 2)
     except VkdError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; what is committed is kept -> run the same command again to go on", 130)
+        code = INTERRUPTED
     except OSError as error:
-        if error.errno != 28:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _fail(
-            str(StorageError("the disk is full", where=str(error.filename or ""), action="free space, then run the same command again")), 3
-        )
+        full = StorageError("the disk is full", where=str(error.filename or ""), action="free space, then run the same command again")
+        _fail(str(full), full.exit_code)
+    if code == INTERRUPTED:
+        _fail("interrupted; what is committed is kept -> run the same command again to go on", code)
+    sys.exit(code)
 
 
 def _fail(text: str, code: int) -> None:
@@ -211,12 +224,22 @@ def _fail(text: str, code: int) -> None:
 
 
 @contextmanager
-def _screen(as_json: bool) -> Iterator[Screen]:
+def _screen(as_json: bool, run: str | None = None, overrides: Sequence[str] | None = None) -> Iterator[Screen]:
+    """A screen that ends with the command; where an error's action says RUN, the user's own words take its place."""
     screen = Screen(json=as_json)
     try:
         yield screen
+    except VkdError as error:
+        if run is not None:
+            error.action = re.sub(r"\bRUN\b", lambda _: _words(run, overrides), error.action)
+        raise
     finally:
         screen.close()
+
+
+def _words(run: str, overrides: Sequence[str] | None) -> str:
+    """The run as the user named it, to be pasted."""
+    return shlex.join([run, *(overrides or [])])
 
 
 def _finish(as_json: bool, result: dict[str, Any]) -> None:
@@ -257,26 +280,5 @@ def _store_of(text: str) -> str:
     return _absolute(text)
 
 
-def _label_line(report: Any, store: str) -> str:
-    rejected = report.rejected.total()
-    before = f", {report.present} there before" if report.present else ""
-    speed = f" in {report.wall_s:.1f} s" if report.done else ""
-    return f"labels: {report.labelled} labelled, {rejected} rejected of {report.planned} clips{before}{speed} -> {store}"
-
-
 def _label_json(report: Any) -> dict[str, Any]:
     return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(report).items()}
-
-
-def _train_line(report: Any) -> str:
-    if report.skipped:
-        return f"student: finished before ({report.num_steps} steps) -> {report.student}"
-    since = f", resumed from step {report.resumed_from}" if report.resumed_from else ""
-    return f"student: {report.num_steps} steps over {report.num_examples} clips{since} -> {report.student}"
-
-
-def _show_evaluation(screen: Screen, measured: dict[str, Any]) -> None:
-    from vkd.evaluation import retention_rows
-
-    title = f"retention on {measured['num_clips']} held-out clips"
-    screen.table(title, ("", "student", "teacher", "student / teacher"), retention_rows(measured))

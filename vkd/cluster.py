@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray._private import ray_logging
+from ray._private.worker import print_to_stdstream
 from ray.data import DataContext
 from ray.exceptions import RayError, RayTaskError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import RayTrainError, UserExceptionWithTraceback
 
 from vkd.errors import ConfigError, VkdError
 from vkd.run import Compute
 
 NO_PROGRESS_TIMEOUT_S = 900
+CONNECT_TIMEOUT_S = 5.0
 NATIVE_STDERR = 2
+ACTORS_OF_RAY = ("TrainController", "PlacementGroupCleaner")
 
 
 @dataclass(frozen=True)
@@ -40,17 +48,36 @@ def session(compute: Compute) -> Iterator[None]:
         return
     address = compute.address or os.environ.get("RAY_ADDRESS") or "local"
     try:
+        _check_answers(address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=True, configure_logging=True, **_local_options(address))
-    except (ConnectionError, RayError) as error:
+    except (OSError, RayError) as error:
         raise ConfigError(
             f"no Ray cluster answers at {address!r}", where="compute.address", action="start it, or leave the key out"
         ) from error
     _quieten()
+    _hide_actors_of_ray()
     try:
         with _native_lines_to_log():
             yield
+    except BaseException as error:
+        _drop_iterators(error)
+        raise
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises OSError when nothing listens at `host:port`; Ray itself tries for a quarter of an hour, deaf to Ctrl-C."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "://" not in address:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+
+
+def _drop_iterators(error: BaseException | None) -> None:
+    """Let go of the datasets that the frames of an error hold: ending their executions needs Ray, and would start it anew."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 @contextmanager
@@ -83,10 +110,17 @@ def _local_options(address: str) -> dict[str, object]:
 
 def _quieten() -> None:
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised, and need no second telling
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _hide_actors_of_ray() -> None:
+    """Show what workers print, but not what Ray Train's own actors say: one warns every second that there is no dashboard."""
+    dispatcher = ray_logging.global_worker_stdstream_dispatcher
+    dispatcher.remove_handler("ray_print_logs")  # the name that ray.shutdown removes
+    dispatcher.add_handler("ray_print_logs", lambda data: data.get("actor_name") in ACTORS_OF_RAY or print_to_stdstream(data, False))
 
 
 def labelling_context(max_bytes: int) -> DataContext:
@@ -95,6 +129,7 @@ def labelling_context(max_bytes: int) -> DataContext:
     context.target_max_block_size = None
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     context.max_errored_blocks = 0
+    context.raise_original_map_exception = True  # else only the text of what a worker raises comes back
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(object_store_memory=max_bytes)
     return context
 
@@ -134,7 +169,7 @@ def _check(asked: Resources, cpus: float, gpus: float, num_teachers: int) -> Non
     actors = asked.teacher_actors * num_teachers
     for kind, need, have, key in (
         ("GPUs", actors * asked.teacher_gpus, gpus, "compute.teacher.gpus or compute.teacher.actors"),
-        ("CPUs", actors * asked.teacher_cpus + asked.decode_cpus, cpus, "compute.teacher.cpus or compute.decode.cpus"),
+        ("CPUs", actors * asked.teacher_cpus + asked.decode_cpus, cpus, "compute.teacher.actors, compute.teacher.cpus or compute.decode.cpus"),
     ):
         if need > have + 1e-6:
             raise ConfigError(f"labelling needs at least {need:g} {kind}, the cluster has {have:g}", where="compute", action=f"lower {key}")
@@ -145,7 +180,7 @@ def worker_errors() -> Iterator[None]:
     """Raise what vkd raised inside a worker as itself, not wrapped by Ray."""
     try:
         yield
-    except RayError as error:
+    except (RayError, RayTrainError) as error:
         cause = _cause(error)
         if isinstance(cause, VkdError):
             raise cause from None
@@ -153,9 +188,19 @@ def worker_errors() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
+    """What a worker raised; Ray's wrapper of it may be an instance of both classes."""
     seen = error
-    while True:
-        inner = getattr(seen, "cause", None) if isinstance(seen, RayTaskError) else seen.__cause__
-        if not isinstance(inner, BaseException) or isinstance(seen, VkdError):
+    while isinstance(seen, RayTaskError) or not isinstance(seen, VkdError):
+        inner = _wrapped(seen)
+        if not isinstance(inner, BaseException):
             return seen
         seen = inner
+    return seen
+
+
+def _wrapped(error: BaseException) -> object:
+    if isinstance(error, WorkerGroupError):
+        return next(iter(error.worker_failures.values()), None)
+    if isinstance(error, UserExceptionWithTraceback):
+        return error._base_exc
+    return error.cause if isinstance(error, RayTaskError) else error.__cause__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -13,6 +13,7 @@ from rich.table import Table
 if TYPE_CHECKING:  # commands that only list must not import torch
     from vkd.labelling import LabelReport
     from vkd.loop import RoundReport
+    from vkd.training import TrainReport
 
 SILENCE_S = 10.0  # without a terminal, a line at most this often
 
@@ -73,11 +74,33 @@ class Screen:
         """One line that stays."""
         self.console.print(text)
 
+    def labels(self, report: LabelReport, store: str) -> None:
+        """What a labelling did."""
+        before = f", {report.present} there before" if report.present else ""
+        speed = f" in {report.wall_s:.1f} s" if report.done else ""
+        counts = f"{report.labelled} labelled, {report.rejected.total()} rejected of {report.planned} clips"
+        self.line(f"labels: {counts}{before}{speed} -> {store}")
+
+    def student(self, report: TrainReport) -> None:
+        """What a training did."""
+        if report.skipped:
+            self.line(f"student: finished before ({report.num_steps} steps) -> {report.student}")
+            return
+        since = f", resumed from step {report.resumed_from}" if report.resumed_from else ""
+        self.line(f"student: {report.num_steps} steps over {report.num_examples} clips{since} -> {report.student}")
+
+    def retention(self, measured: Mapping[str, Any]) -> None:
+        """What an evaluation found."""
+        from vkd.evaluation import retention_rows
+
+        title = f"retention on {measured['num_clips']} held-out clips"
+        self.table(title, ("", "student", "teacher", "student / teacher"), retention_rows(measured))
+
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table that stays; the first column is text, the others are numbers."""
         table = Table(title=title, title_justify="left")
         for i, name in enumerate(header):
-            table.add_column(name, justify="right" if i else "left")
+            table.add_column(name, justify="right" if i else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
         self.console.print(table)

@@ -41,6 +41,9 @@ def evaluate(run: Run, folder: str) -> dict[str, Any]:
     if not sum(feeders[schema.VAL].sizes):
         raise ConfigError("nothing is held out to evaluate on", where="data.split", action="set data.split.by to time, group or column")
     answers = {split: _answers(feeder, student) for split, feeder in feeders.items()}
+    if not len(answers[schema.VAL].classes):
+        action = "vkd verify RUN --rejects lists them; hold out others"
+        raise ConfigError("every held-out clip is rejected", where="data.split", action=action)
     measured = {"num_clips": len(answers[schema.VAL].classes), "fidelity": _fidelity(answers[schema.VAL])}
     measured["probes"] = _probes(answers[schema.TRAIN], answers[schema.VAL])
     measured["cost"] = _cost(run, student)
@@ -94,7 +97,7 @@ def _probes(train: Answers, val: Answers) -> dict[str, dict[str, float]]:
         found[name] = {"student": of_student}
         for column in (c for c in train.teacher if c.endswith(f".{EMBEDDING}")):
             of_teacher = probe(train.teacher[column][seen], train.classes[seen], val.teacher[column][held], val.classes[held])
-            found[name] |= {column: of_teacher, "retention": of_student / of_teacher if of_teacher else float("nan")}
+            found[name] |= {column: of_teacher} | ({"retention": of_student / of_teacher} if of_teacher else {})
     found["counts"] = {"train": int(seen.sum()), "held_out": int(held.sum()), "classes": len(set(train.classes[seen].tolist()))}
     return found
 

@@ -18,8 +18,9 @@ from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
 
 from vkd import cluster, planning, stages, status
-from vkd.clips import ViewPolicy
-from vkd.errors import LabelsMissing, ManifestError
+from vkd.clips import ViewPolicy, assign_splits
+from vkd.errors import LabelsMissing, ManifestError, VkdError
+from vkd.manifest import Manifest
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.run import Compute, Run
@@ -68,6 +69,7 @@ def label(run: Run, chunks: Sequence[Chunk], progress: Callable[[LabelReport], N
     plan = Plan.of(run)
     teachers = planning.build_teachers(run.recipe.teachers)
     specs = planning.label_specs(run, teachers)
+    _refuse_early(run, plan, teachers)
     items = missing_items(run, specs, chunks)
     report = LabelReport(planned=sum(plan.examples(c).num_rows for c in chunks) * run.data.views.count)
     todo = sum(plan.examples(item.chunk).num_rows for item in items)
@@ -86,6 +88,32 @@ def label(run: Run, chunks: Sequence[Chunk], progress: Callable[[LabelReport], N
                 _check_rejects(report, run.data.max_reject_fraction)
     report.wall_s = time.monotonic() - started_s
     return report
+
+
+def compact(run: Run) -> int:
+    """Put the chunks of every complete shard into one file, set by set and view by view; the number of files that result."""
+    plan = Plan.of(run)
+    num_chunks = Counter(chunk.shard for chunk in plan.chunks)
+    sets = [
+        LabelSet.open(run.labels.store, spec) for spec in planning.label_specs(run, planning.build_teachers(run.recipe.teachers)).values()
+    ]
+    done = 0
+    for label_set, view in [(each, view) for each in sets for view in each.views()]:
+        lacking = {chunk.shard for chunk in label_set.missing(view, plan.chunks)}
+        for shard in num_chunks.keys() - lacking:
+            label_set.compact(view, shard, num_chunks[shard])
+            done += 1
+    return done
+
+
+def _refuse_early(run: Run, plan: Plan, teachers: Mapping[str, Teacher]) -> None:
+    """Say before hours of labelling what training would refuse after them: no videos, an unknown split or student."""
+    if not plan.chunks:
+        rejects = Manifest.load(run.data.manifest).rejects().to_pylist()
+        why = f"; {len(rejects)} are rejected, the first because {rejects[0]['message']}" if rejects else ""
+        raise ManifestError(f"no usable video{why}", where=run.data.manifest, action="mend the source, or name another one")
+    assign_splits(plan.examples(plan.chunks[0]), run.data.split)
+    run.recipe.distiller({alias: teacher.emits for alias, teacher in teachers.items()}, len(plan.classes()))
 
 
 def missing_items(run: Run, specs: Mapping[str, LabelSetSpec], chunks: Sequence[Chunk]) -> list[Item]:
@@ -190,10 +218,18 @@ def _decode_stage(shared: ray.ObjectRef, batch: Columns) -> Columns:
 
 
 class _TeachStage:
+    """A teacher in an actor. What its start raises is kept for the first call: of a constructor Ray hands on only the text."""
+
     def __init__(self, shared: ray.ObjectRef, alias: str, num_threads: int, last: bool) -> None:
-        self.teach = stages.Teach(_job_of(shared), alias, num_threads, last)
+        self.teach: stages.Teach | VkdError
+        try:
+            self.teach = stages.Teach(_job_of(shared), alias, num_threads, last)
+        except VkdError as error:
+            self.teach = error
 
     def __call__(self, batch: Columns) -> Columns:
+        if isinstance(self.teach, VkdError):
+            raise self.teach
         return self.teach(batch)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any, Protocol
 
-from vkd import cluster, evaluation, labelling, manifest, training
+from vkd import cluster, evaluation, labelling, manifest, planning, training
 from vkd.labelling import LabelReport
 from vkd.loop import RoundReport
 from vkd.manifest import BuildOptions
@@ -28,6 +29,7 @@ class Watcher(Protocol):
 def label(run: Run, watch: Watcher, fraction: float = 1.0) -> LabelReport:
     """Label what the store lacks of the run's clips, or of a seeded sample of its chunks."""
     check_decoder()
+    planning.student_sampling(run)  # a student that cannot be built is told now, not after hours of labelling
     build_manifest(run, watch)
     watch.stage("label")
     chunks = Plan.of(run).sample(fraction, run.data.views.seed)
@@ -50,8 +52,8 @@ def evaluate(run: Run, watch: Watcher, student: str | None = None) -> dict[str, 
 
 def run_all(run: Run, watch: Watcher) -> tuple[LabelReport, TrainReport, dict[str, Any] | None]:
     """Label, distill and, when clips are held out, evaluate: each does only what is left to do."""
-    with cluster.session(run.compute):
-        held_out = run.data.split.by != "none"
+    held_out = run.data.split.by != "none"
+    with cluster.session(run.compute) if run.compute.student.workers else nullcontext():  # else Ray ends with the labels
         return label(run, watch), distill(run, watch), evaluate(run, watch) if held_out else None
 
 

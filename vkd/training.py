@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import ray.train
 import torch
 import yaml
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from torch.utils.tensorboard import SummaryWriter
 
@@ -151,7 +152,12 @@ def _fit_group(run: Run, attempt: str) -> None:
     each_worker = {"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {})
     scaling = ScalingConfig(num_workers=asked.workers, use_gpu=asked.gpus > 0, resources_per_worker=each_worker)
     retries = FailureConfig(max_failures=MAX_FAILURES)
-    ray_run = RunConfig(name=os.path.basename(attempt), storage_path=files.join(run.output, "ray_train"), failure_config=retries)
+    ray_run = RunConfig(
+        name=os.path.basename(attempt),
+        storage_path=files.join(run.output, "ray_train"),
+        failure_config=retries,
+        logging_config=LoggingConfig("CRITICAL"),  # what goes wrong is raised
+    )
     config = {"run": run.model_dump(mode="json"), "attempt": attempt}
     TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=ray_run).fit()
 
@@ -159,6 +165,7 @@ def _fit_group(run: Run, attempt: str) -> None:
 def _train_worker(config: dict[str, Any]) -> None:
     """What each worker of the group does."""
     run = run_files.parse(config["run"])
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
     torch.set_num_threads(max(1, int(run.compute.student.cpus)))
     rank, _ = gather.world()
 

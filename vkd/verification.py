@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vkd import planning, schema, stages
+from vkd.errors import StorageError
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.run import Run
@@ -46,6 +47,13 @@ class Verification:
     def ok(self) -> bool:
         whole = all(check.planned == check.labelled + check.rejected and not check.missing and not check.damaged for check in self.sets)
         return whole and all(value >= MIN_COSINE for value in self.agreement.values())
+
+    @property
+    def action(self) -> str:
+        """What mends the first thing that is wrong."""
+        if any(check.damaged for check in self.sets):
+            return "delete the damaged files, then vkd label RUN"
+        return "vkd label RUN" if any(check.missing for check in self.sets) else "vkd label RUN with another labels.store"
 
 
 @dataclass(frozen=True)
@@ -104,21 +112,25 @@ def _rejects_of(plan: Plan, label_set: LabelSet, view: int, chunk: Chunk) -> lis
 
 
 def _label_again(run: Run, plan: Plan, teacher: Teacher, label_set: LabelSet, num_sampled: int) -> dict[str, float]:
-    """Lowest cosine between stored labels and those that this process makes of a seeded sample of view 0."""
+    """Lowest cosine between stored labels and those that this process makes of a seeded sample of view 0; empty without a usable clip."""
     teacher.load(stages.device())
     rng = np.random.default_rng(0)
-    lowest = dict.fromkeys(teacher.emits, 1.0)
+    lowest: dict[str, float] = {}
     chunks = sorted(label_set.committed(0).keys() & set(plan.chunks))
     for chunk in (chunks[i] for i in rng.integers(len(chunks), size=num_sampled).tolist()):
-        table, examples = label_set.read(0, chunk), plan.examples(chunk).to_pylist()
+        try:
+            table, examples = label_set.read(0, chunk, verify=True), plan.examples(chunk).to_pylist()
+        except StorageError:
+            continue  # `verify_files` tells of it
         row = int(rng.integers(table.num_rows))
         frames = stages.decode_or_reject(stages.clip_of(examples[row], run.data.views, 0), [teacher.sampling], run.compute.decode.backend)
         if isinstance(frames, Reject) or table[schema.STATUS][row].as_py() == schema.REJECTED:
             continue
         answered = teacher({schema.FRAMES: frames[0][None]})
-        for name in lowest:
+        for name in teacher.emits:
             stored = np.asarray(decode(table, name, np.array([row]))[0])
-            lowest[name] = min(lowest[name], cosine(_comparable(answered[name][0], label_set, name), stored.ravel()))
+            agreement = cosine(_comparable(answered[name][0], label_set, name), stored.ravel())
+            lowest[name] = min(lowest.get(name, agreement), agreement)
     return {f"{label_set.spec.alias}.{name}": value for name, value in lowest.items()}
 
 

@@ -1,0 +1,121 @@
+"""Checks of a label store: a good one passes, and what lacks, is damaged or no longer true is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fakes
+import numpy as np
+import pytest
+import small
+
+from vkd.errors import LabelsMissing
+from vkd.planning import FRAMES_ALIAS
+from vkd.run import Run
+from vkd.schema import Columns
+from vkd.verification import SetCheck, list_rejects, verify
+
+NUM_SAMPLED = 10  # of 24 clips
+
+
+def checks_of(run: Run) -> dict[str, SetCheck]:
+    return {check.name.rpartition("-")[0]: check for check in verify(run, 0).sets}
+
+
+def test_a_good_store_is_whole_and_its_teacher_still_agrees(labelled: Run) -> None:
+    found = verify(labelled, NUM_SAMPLED)
+    assert found.ok
+    assert [(c.planned, c.labelled, c.rejected, c.missing, c.damaged) for c in found.sets] == [(24, 24, 0, 0, [])] * 2
+    assert found.agreement == pytest.approx({"teacher.logits": 1.0, "teacher.embedding": 1.0}, abs=1e-5)
+    assert found.sets[0].cells()[1:] == ("0", "24", "24", "0", "0", "0")
+
+
+@pytest.mark.parametrize("encodings", ["{}", "{logits: 'topk:3', embedding: int8}"])
+def test_lossy_encodings_still_agree(unlabelled: Run, tmp_path: Path, encodings: str) -> None:
+    run = small.changed(unlabelled, f"labels.store={tmp_path}", f"labels.encodings={encodings}", "data.keep_frames=none")
+    small.label(run)
+    assert verify(run, NUM_SAMPLED).agreement["teacher.embedding"] > 0.999
+
+
+def test_rejects_are_whole_too(spoiled: Run) -> None:
+    found = verify(spoiled, NUM_SAMPLED)
+    assert found.ok
+    assert [(c.planned, c.labelled, c.rejected) for c in found.sets] == [(24, 16, 8)] * 2
+    assert set(found.agreement) == {"teacher.logits", "teacher.embedding"}
+
+
+def test_agreement_is_only_told_of_labels_that_were_compared(unlabelled: Run, tmp_path: Path) -> None:
+    run = small.changed(unlabelled, f"labels.store={tmp_path}", "recipe.teacher='fakes:NotFinite'", "data.keep_frames=none")
+    small.label(run)
+    for path in small.chunk_files(run, "teacher")[1:]:
+        path.unlink()
+    assert verify(run, 1).agreement == {}  # the one clip that is drawn was rejected
+
+
+def test_rejects_are_listed_with_their_reasons(spoiled: Run, labelled: Run) -> None:
+    rejects = list_rejects(spoiled)
+    assert len(rejects) == 8
+    assert {(Path(r.clip).name, r.stage, r.kind) for r in rejects} == {("b_dull.mp4", "decode", "not_a_video")}
+    assert all(reject.cells()[3] for reject in rejects)
+    assert list_rejects(labelled) == []
+
+
+@pytest.mark.parametrize("alias", ["teacher", FRAMES_ALIAS])
+@pytest.mark.parametrize("num_sampled", [0, NUM_SAMPLED])
+def test_a_missing_chunk_is_found(labelled: Run, tmp_path: Path, alias: str, num_sampled: int) -> None:
+    run = small.copied(labelled, tmp_path)
+    small.chunk_files(run, alias)[1].unlink()
+    assert not verify(run, num_sampled).ok
+    check = checks_of(run)[alias]
+    assert (check.missing, check.labelled, check.damaged) == (1, 19, [])
+
+
+@pytest.mark.parametrize("alias", ["teacher", FRAMES_ALIAS])
+@pytest.mark.parametrize("num_sampled", [0, NUM_SAMPLED])
+@pytest.mark.parametrize("place", [0.3, 0.5])
+def test_a_flipped_byte_is_found(labelled: Run, tmp_path: Path, alias: str, num_sampled: int, place: float) -> None:
+    run = small.copied(labelled, tmp_path)
+    path = small.chunk_files(run, alias)[1]
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 0x55  # inside the data: the magic number before it is not content
+    path.write_bytes(data)
+    found = verify(run, num_sampled)
+    assert not found.ok
+    check = checks_of(run)[alias]
+    assert (check.missing, check.labelled, len(check.damaged)) == (0, 19, 1)
+    assert path.name in check.damaged[0]
+    assert path.name in check.cells()[-1]
+
+
+def test_a_teacher_that_changed_is_found(labelled: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = fakes.TinyTeacher.labels
+
+    def other(self: fakes.TinyTeacher, frames: np.ndarray) -> Columns:
+        labels = answer(self, frames)
+        return labels | {"embedding": labels["embedding"][:, ::-1]}
+
+    monkeypatch.setattr(fakes.TinyTeacher, "labels", other)
+    found = verify(labelled, NUM_SAMPLED)
+    assert not found.ok
+    assert found.agreement["teacher.embedding"] < 0.9
+    assert found.agreement["teacher.logits"] > 0.999
+    assert verify(labelled, 0).ok
+
+
+def test_a_view_that_lacks_is_missing(labelled: Run) -> None:
+    found = verify(small.changed(labelled, "data.views.count=2"), 0)
+    assert [(check.view, check.missing) for check in found.sets] == [(0, 0), (1, 5)] * 2
+    assert not found.ok
+
+
+def test_no_labels_names_the_command(unlabelled: Run, tmp_path: Path) -> None:
+    with pytest.raises(LabelsMissing, match="vkd label RUN"):
+        verify(small.changed(unlabelled, f"labels.store={tmp_path}"), 0)
+
+
+def test_a_set_without_a_chunk_is_all_missing(labelled: Run, tmp_path: Path) -> None:
+    run = small.copied(labelled, tmp_path)
+    for path in small.chunk_files(run, "teacher"):
+        path.unlink()
+    assert checks_of(run)["teacher"].missing == 5
+    assert verify(run, NUM_SAMPLED).agreement == {}
