@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,7 @@ def _fit_group(run: Run, attempt: str) -> None:
         if asked.workers * each > have.get(kind, 0) + 1e-6:
             what = f"{asked.workers} workers need {asked.workers * each:g} {kind}s, the cluster has {have.get(kind, 0):g}"
             raise ConfigError(what, where="compute.student", action=f"lower compute.student.workers or compute.student.{kind.lower()}s")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for the next check: 2 s by default
     each_worker = {"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {})
     scaling = ScalingConfig(num_workers=asked.workers, use_gpu=asked.gpus > 0, resources_per_worker=each_worker)
     retries = FailureConfig(max_failures=MAX_FAILURES)
@@ -165,13 +167,14 @@ def _fit_group(run: Run, attempt: str) -> None:
 def _train_worker(config: dict[str, Any]) -> None:
     """What each worker of the group does."""
     run = run_files.parse(config["run"])
-    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells every report, and every printed line again
     torch.set_num_threads(max(1, int(run.compute.student.cpus)))
     rank, _ = gather.world()
 
     def on_round(report: RoundReport) -> None:
         if rank == 0:
-            print(round_line(report), flush=True)
+            sys.stderr.write(round_line(report) + "\n")  # stdout is for results
+            sys.stderr.flush()
         ray.train.report(as_metrics(report))
 
     train_rank(run, config["attempt"], on_round)

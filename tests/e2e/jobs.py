@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +56,50 @@ def write(tree: Tree, path: Path) -> Path:
     return path
 
 
-def vkd(*arguments: object, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The console script, run to its end in a process of its own."""
-    return subprocess.run([VKD, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s, env=os.environ | environment)
+@dataclass
+class Command:
+    """The console script at work in a session of its own; what it starts is known by a mark in the environment."""
+
+    process: subprocess.Popen[str]
+    mark: str
+
+    def until(self, happened: Callable[[], object]) -> None:
+        """Wait until something has happened; the command must still be running then."""
+        while not happened():
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.01)
+
+    def finish(self, timeout_s: float = 120) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr, once it has ended."""
+        stdout, stderr = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, stdout, stderr
+
+    def left_behind(self) -> list[int]:
+        """Processes that it started and that are alive."""
+        return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if self.mark.encode() in _environment(folder)]
+
+
+@contextmanager
+def vkd(*arguments: object, program: Sequence[object] = (VKD,)) -> Iterator[Command]:
+    """Start the console script as on a machine of two cores; in the end nothing of it is left."""
+    mark = f"VKD_TEST={uuid.uuid4().hex}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'} | dict([mark.split("=")])
+    words = [str(word) for word in (*program, *arguments)]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    command = Command(process, mark)
+    try:
+        yield command
+    finally:
+        for pid in command.left_behind():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _environment(folder: Path) -> bytes:
+    try:
+        return (folder / "environ").read_bytes()
+    except OSError:  # it has ended, or is not ours
+        return b""
