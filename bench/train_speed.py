@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from measure import arguments, corpus, finish, spread  # isort: skip  # before torch: it says how OpenMP's threads wait
+
 import torch
-from measure import arguments, corpus, finish, spread
 
 from vkd import gather, labelling
 from vkd import run as run_files

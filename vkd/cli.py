@@ -63,6 +63,7 @@ def label(
     run: RunFile,
     overrides: Overrides = None,
     limit: Annotated[str, typer.Option(help="A seeded sample of whole chunks, such as 1%.")] = "100%",
+    compact: Annotated[bool, typer.Option("--compact", help="Then put each complete shard's chunks into one file.")] = False,
     as_json: Json = False,
 ) -> None:
     """Let the teachers label every clip that the store lacks."""
@@ -76,6 +77,8 @@ def label(
         screen.labels(report, loaded.labels.store)
         for name, measured in report.fidelity.items():
             screen.line(f"  encoding of {name}: " + ", ".join(f"{k} {v:.6g}" for k, v in measured.items()))
+        if compact:
+            screen.line(f"compacted: {pipeline.compact(loaded)} files, one for each complete shard and view")
         given = _words(run, overrides)
         rest = f"vkd label {given} for the rest, or vkd distill {given} labels.allow_partial=true"
         screen.line(f"next: {rest if fraction < 1 else f'vkd distill {given}'}")
@@ -196,6 +199,7 @@ def export(
 
 def main() -> None:
     """Entry point: every error becomes one clear line and its exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve each other when cores are shared
     try:
         code = app(standalone_mode=False)  # typer turns Ctrl-C into 130
     except typer._click.exceptions.NoArgsIsHelpError as error:

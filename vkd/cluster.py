@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -59,9 +60,6 @@ def session(compute: Compute) -> Iterator[None]:
     try:
         with _native_lines_to_log():
             yield
-    except BaseException as error:
-        _drop_iterators(error)
-        raise
     finally:
         ray.shutdown()
 
@@ -71,13 +69,6 @@ def _check_answers(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "://" not in address:
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-
-
-def _drop_iterators(error: BaseException | None) -> None:
-    """Let go of the datasets that the frames of an error hold: ending their executions needs Ray, and would start it anew."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
 
 
 @contextmanager
@@ -167,24 +158,34 @@ def _cluster(compute: Compute, gpus: float, num_teachers: int) -> Resources:
 
 def _check(asked: Resources, cpus: float, gpus: float, num_teachers: int) -> None:
     actors = asked.teacher_actors * num_teachers
-    for kind, need, have, key in (
-        ("GPUs", actors * asked.teacher_gpus, gpus, "compute.teacher.gpus or compute.teacher.actors"),
-        ("CPUs", actors * asked.teacher_cpus + asked.decode_cpus, cpus, "compute.teacher.actors, compute.teacher.cpus or compute.decode.cpus"),
+    for kind, need, have, keys in (
+        ("GPUs", actors * asked.teacher_gpus, gpus, "compute.teacher.gpus"),
+        ("CPUs", actors * asked.teacher_cpus + asked.decode_cpus, cpus, "compute.teacher.cpus or compute.decode.cpus"),
     ):
         if need > have + 1e-6:
-            raise ConfigError(f"labelling needs at least {need:g} {kind}, the cluster has {have:g}", where="compute", action=f"lower {key}")
+            what, action = f"labelling needs at least {need:g} {kind}, the cluster has {have:g}", f"lower compute.teacher.actors, {keys}"
+            raise ConfigError(what, where="compute", action=action)
 
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Raise what vkd raised inside a worker as itself, not wrapped by Ray."""
+    """End what an error leaves running, and raise what vkd raised inside a worker as itself, not wrapped by Ray."""
     try:
         yield
-    except (RayError, RayTrainError) as error:
-        cause = _cause(error)
+    except BaseException as error:
+        _drop_iterators(error)
+        cause = _cause(error) if isinstance(error, RayError | RayTrainError) else None
         if isinstance(cause, VkdError):
             raise cause from None
         raise
+
+
+def _drop_iterators(error: BaseException | None) -> None:
+    """Let go of the datasets and actors that an error's frames hold: actors end then, and ending an execution would start Ray anew."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    gc.collect()
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -36,6 +36,11 @@ def label(run: Run, watch: Watcher, fraction: float = 1.0) -> LabelReport:
     return labelling.label(run, chunks, watch.labelled)
 
 
+def compact(run: Run) -> int:
+    """Put the chunks of complete shards into one file each; the number of such files."""
+    return labelling.compact(run)
+
+
 def distill(run: Run, watch: Watcher) -> TrainReport:
     """Train the student on the labels of the store, from the newest checkpoint on, and export it."""
     watch.stage("distill")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
 import av
-import jobs
+import harness
 import pytest
 
 from vkd.run import Run
@@ -64,13 +64,13 @@ def tiny_video(clips_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def tree(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> jobs.Tree:
-    return jobs.small_run(tmp_path_factory.mktemp("small"), videos)
+def tree(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> harness.Tree:
+    return harness.small_run(tmp_path_factory.mktemp("small"), videos)
 
 
 @pytest.fixture(scope="session")
-def run(tree: jobs.Tree) -> Run:
-    return jobs.parsed(tree)
+def run(tree: harness.Tree) -> Run:
+    return harness.parsed(tree)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jobs
+import harness
 import pytest
 import yaml
 
@@ -54,9 +54,9 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture(scope="module")
-def labelled(tree: jobs.Tree, report: LabelReport, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labelled(tree: harness.Tree, report: LabelReport, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run file of a run whose labels are there."""
-    return jobs.write(tree, tmp_path_factory.mktemp("cli") / "run.yaml")
+    return harness.write(tree, tmp_path_factory.mktemp("cli") / "run.yaml")
 
 
 def in_command(text: str, places: dict[str, Path]) -> str:
@@ -93,7 +93,10 @@ def in_command(text: str, places: dict[str, Path]) -> str:
             "label <run> compute.teacher.actors=64 compute.teacher.cpus=1 labels.store=<new>/labels",
             ["needs at least 64.", "the cluster has 2", "compute.teacher.actors"],
         ),
-        ("distill <run> compute.student.workers=9 output=<new>/nine", ["9 workers need 9 CPUs, the cluster has 2", "compute.student.workers"]),
+        (
+            "distill <run> compute.student.workers=9 output=<new>/nine",
+            ["9 workers need 9 CPUs, the cluster has 2", "compute.student.workers"],
+        ),
         (
             "distill <run> labels.store=<new>/labels output=<new>/lacking",
             ["no labels teacher-", "-> vkd label <run> labels.store=<new>/labels output=<new>/lacking"],
@@ -144,7 +147,7 @@ def test_next_step_is_a_command_that_works(main: Main, labelled: Path, tmp_path:
 
 @pytest.mark.usefixtures("local_ray")
 def test_json_is_one_object_alone_on_stdout(main: Main, tiny_video: Path, tmp_path: Path) -> None:
-    run_file = jobs.write(jobs.small_run(tmp_path, tiny_video), tmp_path / "run.yaml")
+    run_file = harness.write(harness.small_run(tmp_path, tiny_video), tmp_path / "run.yaml")
     keeps_one = "data.split.holdout=0.4"  # of four clips
 
     def answer(verb: str, *arguments: object) -> dict[str, object]:
@@ -183,10 +186,10 @@ def test_help_imports_neither_torch_nor_ray() -> None:
 
 
 def test_ctrl_c_keeps_what_is_committed(main: Main, local_ray: None, tiny_video: Path, tmp_path: Path) -> None:
-    run_file = jobs.write(jobs.small_run(tmp_path, tiny_video), tmp_path / "run.yaml")
+    run_file = harness.write(harness.small_run(tmp_path, tiny_video), tmp_path / "run.yaml")
     command = ("label", run_file, "data.clips.stride_s=0.25", "data.chunk_size=2")
     committed = lambda: sorted((tmp_path / "labels").glob("teacher-*/view=0/*/chunk-*"))  # noqa: E731
-    with jobs.vkd(*command) as first:
+    with harness.vkd(*command) as first:
         first.until(committed)
         first.process.send_signal(signal.SIGINT)
         Done(*first.finish()).failed_with(INTERRUPT, "interrupted", "run the same command again")
@@ -200,15 +203,15 @@ def test_ctrl_c_keeps_what_is_committed(main: Main, local_ray: None, tiny_video:
 
 
 def test_unreachable_cluster_is_told_at_once(labelled: Path, tmp_path: Path) -> None:
-    with jobs.vkd("label", labelled, "compute.address=127.0.0.1:9", f"labels.store={tmp_path}") as command:
+    with harness.vkd("label", labelled, "compute.address=127.0.0.1:9", f"labels.store={tmp_path}") as command:
         Done(*command.finish(60)).failed_with(USER, "compute.address", "no Ray cluster answers at '127.0.0.1:9'")
 
 
 def test_full_disk_stops_with_what_to_do(labelled: Path, tmp_path: Path) -> None:
     """The store is on a real file system of 200 kB, mounted in a name space of its own."""
-    mount = f"mount -t tmpfs -o size=200k tmpfs {tmp_path} && exec \"$@\""
+    mount = f'mount -t tmpfs -o size=200k tmpfs {tmp_path} && exec "$@"'
     program = ("unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh")
     if shutil.which("unshare") is None or subprocess.run([*program, "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a file system")
-    with jobs.vkd("label", labelled, f"labels.store={tmp_path / 'labels'}", program=(*program, jobs.VKD)) as command:
+    with harness.vkd("label", labelled, f"labels.store={tmp_path / 'labels'}", program=(*program, harness.VKD)) as command:
         Done(*command.finish()).failed_with(STORAGE, "No space left on device", "free space", "run the same command again")

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
-import jobs
+import harness
 import pytest
 
 from vkd import pipeline
@@ -18,8 +18,8 @@ ENDS_WITHIN_S = 20.0  # processes of a killed driver
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory, tiny_video: Path) -> jobs.Tree:
-    tree = jobs.small_run(tmp_path_factory.mktemp("killed"), tiny_video)
+def tree(tmp_path_factory: pytest.TempPathFactory, tiny_video: Path) -> harness.Tree:
+    tree = harness.small_run(tmp_path_factory.mktemp("killed"), tiny_video)
     tree["data"] |= {"clips": {"plan": "windows", "length_s": 1.0, "stride_s": 0.3}, "chunk_size": 2}
     tree["train"]["epochs"] = 12
     return tree
@@ -30,41 +30,41 @@ def chunk_files(store: Path) -> set[str]:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_label_goes_on_after_its_driver_is_killed(tree: jobs.Tree, tmp_path: Path) -> None:
+def test_label_goes_on_after_its_driver_is_killed(tree: harness.Tree, tmp_path: Path) -> None:
     quiet, killed = Path(tree["labels"]["store"]), tmp_path / "labels"
-    run_file = jobs.write({**tree, "labels": {"store": str(killed)}}, tmp_path / "run.yaml")
-    with jobs.vkd("label", run_file) as first:
+    run_file = harness.write({**tree, "labels": {"store": str(killed)}}, tmp_path / "run.yaml")
+    with harness.vkd("label", run_file) as first:
         first.until(lambda: list(killed.glob("teacher-*/view=0/*/chunk-*")))
         first.process.kill()
         killed_at = time.monotonic()
         there = chunk_files(killed)
-        with jobs.vkd("label", run_file, "--json") as second:  # at once, beside what the first one left
+        with harness.vkd("label", run_file, "--json") as second:  # at once, beside what the first one left
             code, stdout, stderr = second.finish()
         while [pid for pid in first.left_behind() if b"MapWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]:
             assert time.monotonic() - killed_at < ENDS_WITHIN_S, "workers of a killed driver go on"
     assert code == 0, stderr
-    report = pipeline.label(jobs.parsed(tree), Mock())
+    report = pipeline.label(harness.parsed(tree), Mock())
     done = json.loads(stdout)
     assert (done["planned"], done["labelled"], done["present"]) == (report.planned, report.planned - done["present"], done["present"])
     assert there < chunk_files(quiet) == chunk_files(killed)
     for folder in quiet.iterdir():
         expected, found = LabelSet.at(str(folder)), LabelSet.at(str(killed / folder.name))
-        for chunk in Plan.of(jobs.parsed(tree)).chunks:
+        for chunk in Plan.of(harness.parsed(tree)).chunks:
             assert found.read(0, chunk, verify=True).equals(expected.read(0, chunk)), (folder.name, chunk)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_distill_goes_on_after_it_is_killed(tree: jobs.Tree, tmp_path: Path) -> None:
-    run = jobs.parsed(tree)
+def test_distill_goes_on_after_it_is_killed(tree: harness.Tree, tmp_path: Path) -> None:
+    run = harness.parsed(tree)
     pipeline.label(run, Mock())
     quiet = pipeline.distill(run, Mock())
     killed = tmp_path / "out"
-    run_file = jobs.write({**tree, "output": str(killed)}, tmp_path / "run.yaml")
-    with jobs.vkd("distill", run_file) as first:
+    run_file = harness.write({**tree, "output": str(killed)}, tmp_path / "run.yaml")
+    with harness.vkd("distill", run_file) as first:
         first.until(lambda: list(killed.glob("attempts/*/step-*/DONE")))
         first.process.kill()
     assert not (killed / "student").exists()
-    with jobs.vkd("distill", run_file, "--json") as second:
+    with harness.vkd("distill", run_file, "--json") as second:
         code, stdout, stderr = second.finish()
     assert code == 0, stderr
     done = json.loads(stdout)

@@ -1,4 +1,4 @@
-"""The whole path on real clips: manifest, labels made by Ray, a student trained in this process, its evaluation and its use as a teacher."""
+"""The whole path on real clips: manifest, labels by Ray, a student trained in this process, its evaluation, its use as a teacher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import jobs
+import harness
 import numpy as np
 import pytest
 import torch
@@ -102,8 +102,8 @@ def test_finished_training_is_not_repeated(run: Run, student: str) -> None:
     assert Path(student, "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_kept_frames_are_not_needed_to_train(tree: jobs.Tree, run: Run, student: str, no_ray: None, tmp_path: Path) -> None:
-    other = jobs.parsed(tree, "data.keep_frames=none", f"output={tmp_path / 'out'}", "train.epochs=1")
+def test_kept_frames_are_not_needed_to_train(tree: harness.Tree, run: Run, student: str, no_ray: None, tmp_path: Path) -> None:
+    other = harness.parsed(tree, "data.keep_frames=none", f"output={tmp_path / 'out'}", "train.epochs=1")
     assert pipeline.label(other, Mock()).done == 0  # the teacher's labels are the same, and all there
     trained = pipeline.distill(other, Mock())
     assert trained.num_examples == 13
@@ -113,8 +113,8 @@ def test_kept_frames_are_not_needed_to_train(tree: jobs.Tree, run: Run, student:
 
 
 @pytest.mark.usefixtures("report")
-def test_second_view_is_added_beside_the_first(tree: jobs.Tree, tmp_path: Path) -> None:
-    other = jobs.parsed(tree, "data.views.count=2", f"output={tmp_path / 'out'}")
+def test_second_view_is_added_beside_the_first(tree: harness.Tree, tmp_path: Path) -> None:
+    other = harness.parsed(tree, "data.views.count=2", f"output={tmp_path / 'out'}")
     added = pipeline.label(other, Mock())
     assert (added.planned, added.present, added.done) == (36, 18, 18)
     for label_set in sets_of(other).values():
@@ -151,9 +151,9 @@ def test_exported_student_needs_no_ray(student: str) -> None:
             np.testing.assert_array_equal(said[name], value.numpy())
 
 
-def test_student_is_the_next_teacher(tree: jobs.Tree, student: str, tmp_path: Path) -> None:
+def test_student_is_the_next_teacher(tree: harness.Tree, student: str, tmp_path: Path) -> None:
     recipe = {**tree["recipe"], "teacher": {"name": "student", "path": student}}
-    second = jobs.parsed({**tree, "recipe": recipe}, f"output={tmp_path / 'out'}", "train.epochs=1")
+    second = harness.parsed({**tree, "recipe": recipe}, f"output={tmp_path / 'out'}", "train.epochs=1")
     labelled = pipeline.label(second, Mock())
     assert (labelled.labelled, labelled.rejected.total()) == (16, 2)
     trained = pipeline.distill(second, Mock())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from unittest.mock import Mock
 
-import jobs
+import harness
 import pytest
 import torch
 
@@ -15,10 +15,10 @@ from vkd.planning import Plan
 
 
 @pytest.mark.usefixtures("report")
-def test_two_workers_train_what_one_process_trains(tree: jobs.Tree, tmp_path: Path) -> None:
+def test_two_workers_train_what_one_process_trains(tree: harness.Tree, tmp_path: Path) -> None:
     students = {}
     for workers in (0, 2):
-        run = jobs.parsed(tree, f"output={tmp_path / str(workers)}", f"compute.student.workers={workers}")
+        run = harness.parsed(tree, f"output={tmp_path / str(workers)}", f"compute.student.workers={workers}", "train.epochs=3")
         trained = pipeline.distill(run, Mock())
         assert trained.num_examples == run.train.epochs * sum(len(rows) for rows in Plan.of(run).rows("train"))
         students[workers] = load_student(trained.student).state_dict()

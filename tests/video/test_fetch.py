@@ -125,7 +125,7 @@ def test_an_unreachable_s3_endpoint_is_a_storage_error(monkeypatch: pytest.Monke
         monkeypatch.setenv(name, "x")
     fs = fsspec.filesystem("s3", endpoint_url="http://127.0.0.1:9", config_kwargs={"retries": {"max_attempts": 0}, "connect_timeout": 1})
     fs.retries = 1
-    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda uri: (fs, uri.removeprefix("s3://")))
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda uri, **_: (fs, uri.removeprefix("s3://")))
     with pytest.raises(StorageError, match=r"s3://bucket/clip\.mp4"), fetch.opened("s3://bucket/clip.mp4"):
         pass
 

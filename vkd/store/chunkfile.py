@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -220,7 +219,7 @@ def infos(uri: str, stamp: Stamp | None = None) -> list[ChunkInfo]:
 
 
 def _opened(uri: str) -> AbstractContextManager[Any]:
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = files.filesystem(uri)
     handle: AbstractContextManager[Any] = fs.open(path, "rb", cache_type="none")  # read-ahead would fetch the next chunks too
     return handle
 

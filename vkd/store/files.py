@@ -16,6 +16,8 @@ from fsspec.implementations.local import LocalFileSystem
 from vkd.errors import StorageError
 
 UNREACHABLE = (OSError, BotoCoreError, ClientError)  # s3fs and http raise the last two, which are no OSError
+# S3-compatible servers answer a range with the checksum of the whole object; label files carry digests of their own
+S3_OPTIONS = {"config_kwargs": {"response_checksum_validation": "when_required"}}
 
 
 def join(root: str, *parts: str) -> str:
@@ -28,10 +30,13 @@ def put(uri: str, data: bytes) -> None:
 
     Locally: a temporary name in the same folder, fsync, rename. On object stores: one PUT.
     """
-    fs, path = _filesystem(uri)
+    fs, path = filesystem(uri)
     with storage_errors(uri):
         if not isinstance(fs, LocalFileSystem):
-            fs.pipe_file(path, data)
+            try:
+                fs.pipe_file(path, data)
+            except FileNotFoundError as error:
+                raise StorageError(str(error), where=uri, action="make the bucket, or name another place") from error
             return
         folder, name = os.path.split(path)
         os.makedirs(folder, exist_ok=True)
@@ -50,7 +55,7 @@ def put(uri: str, data: bytes) -> None:
 
 def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     """Bytes of a file, all or a range (a negative start counts from the end). Raises FileNotFoundError when there is none."""
-    fs, path = _filesystem(uri)
+    fs, path = filesystem(uri)
     with storage_errors(uri):
         data: bytes = fs.cat_file(path, start=start, end=end)
         return data
@@ -58,14 +63,14 @@ def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
-    fs, path = _filesystem(uri)
+    fs, path = filesystem(uri)
     with storage_errors(uri):
         return bool(fs.exists(path))
 
 
 def list_names(folder: str) -> list[str]:
     """Sorted names of what lies directly in a folder; empty when there is no such folder. Temporary files are left out."""
-    fs, path = _filesystem(folder)
+    fs, path = filesystem(folder)
     with storage_errors(folder):
         fs.invalidate_cache()
         try:
@@ -78,7 +83,7 @@ def list_names(folder: str) -> list[str]:
 
 def list_infos(folder: str) -> list[tuple[str, int, float]]:
     """(name, size in bytes, modification time in seconds since 1970) of the files directly in a folder, by name; as `list_names`."""
-    fs, path = _filesystem(folder)
+    fs, path = filesystem(folder)
     with storage_errors(folder):
         fs.invalidate_cache()
         try:
@@ -95,14 +100,15 @@ def list_infos(folder: str) -> list[tuple[str, int, float]]:
 
 def delete(uri: str) -> None:
     """Remove a file or a folder with all that is in it; nothing happens when it is not there."""
-    fs, path = _filesystem(uri)
+    fs, path = filesystem(uri)
     with storage_errors(uri):
         if fs.exists(path):
             fs.rm(path, recursive=True)
 
 
-def _filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    fs, path = fsspec.core.url_to_fs(uri)
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a uri, and the path in it."""
+    fs, path = fsspec.core.url_to_fs(uri, **(S3_OPTIONS if uri.startswith("s3://") else {}))
     return fs, path
 
 

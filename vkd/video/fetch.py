@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from vkd.errors import StorageError, VideoError
+from vkd.store import files
 from vkd.store.files import UNREACHABLE
 from vkd.video.sources import resolve_uri
 
@@ -37,7 +37,7 @@ def opened(uri: str, max_inline_bytes: int = MAX_INLINE_BYTES) -> Iterator[str |
 
 
 def _open(resolved: str, uri: str, max_inline_bytes: int) -> str | BinaryIO:
-    fs, path = fsspec.core.url_to_fs(resolved)
+    fs, path = files.filesystem(resolved)
     info = fs.info(path)
     if info["type"] == "directory":
         raise VideoError("not_a_video", "it is a folder", where=uri)

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from vkd import schema
 from vkd.errors import ManifestError, StorageError, VideoError
+from vkd.store import files
 from vkd.store.files import UNREACHABLE
 from vkd.video.sources import PACKAGE, resolve_uri
 
@@ -69,7 +70,7 @@ def find(source: str, extensions: Sequence[str]) -> dict[str, Info]:
     """Every file under a folder or prefix that looks like a video; local ones without information."""
     path = resolve_uri(source)
     if "://" in path:
-        fs, root = fsspec.core.url_to_fs(path)
+        fs, root = files.filesystem(path)
         fs.invalidate_cache()
         found = {fs.unstrip_protocol(name): info for name, info in fs.find(root, detail=True).items()}
         if not found and not fs.exists(root):
@@ -181,7 +182,7 @@ def _describe(uri: str, info: Info, hash_content: bool) -> Listed:
             kind = "directory" if stat.S_ISDIR(status.st_mode) else "file"
             info = {"size": status.st_size, "mtime": status.st_mtime_ns, "type": kind}
         elif not info:
-            fs, name = fsspec.core.url_to_fs(path)
+            fs, name = files.filesystem(path)
             info = fs.info(name)
         size_bytes = None if info.get("size") is None else int(info["size"])
         fault = VideoError("not_a_file", "a folder, not a video", where=uri) if info.get("type") == "directory" else None

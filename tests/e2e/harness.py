@@ -85,9 +85,7 @@ def vkd(*arguments: object, program: Sequence[object] = (VKD,)) -> Iterator[Comm
     mark = f"VKD_TEST={uuid.uuid4().hex}"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'} | dict([mark.split("=")])
     words = [str(word) for word in (*program, *arguments)]
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     command = Command(process, mark)
     try:
         yield command
