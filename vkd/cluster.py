@@ -9,7 +9,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import ray
@@ -183,7 +183,10 @@ def worker_errors() -> Iterator[None]:
 def _drop_iterators(error: BaseException | None) -> None:
     """Let go of the datasets and actors that an error's frames hold: actors end then, and ending an execution would start Ray anew."""
     while error is not None:
-        traceback.clear_frames(error.__traceback__)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for held, _ in traceback.walk_stack(frame):  # those of Ray's threads are held as callers only
+                with suppress(RuntimeError):  # it still runs
+                    held.clear()
         error = error.__context__
     gc.collect()
 

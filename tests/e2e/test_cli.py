@@ -208,8 +208,8 @@ def test_unreachable_cluster_is_told_at_once(labelled: Path, tmp_path: Path) -> 
 
 
 def test_full_disk_stops_with_what_to_do(labelled: Path, tmp_path: Path) -> None:
-    """The store is on a real file system of 200 kB, mounted in a name space of its own."""
-    mount = f'mount -t tmpfs -o size=200k tmpfs {tmp_path} && exec "$@"'
+    """The store is on a real file system of 50 kB, mounted in a name space of its own."""
+    mount = f'mount -t tmpfs -o size=50k tmpfs {tmp_path} && exec "$@"'
     program = ("unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh")
     if shutil.which("unshare") is None or subprocess.run([*program, "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a file system")
