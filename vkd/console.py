@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # commands that only list must not import torch
     from vkd.loop import RoundReport
     from vkd.training import TrainReport
 
+FEW_CLIPS = 100
 SILENCE_S = 10.0  # without a terminal, a line at most this often
 
 
@@ -93,7 +94,8 @@ class Screen:
         """What an evaluation found."""
         from vkd.evaluation import retention_rows
 
-        title = f"retention on {measured['num_clips']} held-out clips"
+        few = ", so few that this is a smoke check and no result" if measured["num_clips"] < FEW_CLIPS else ""
+        title = f"retention on {measured['num_clips']} held-out clips{few}"
         self.table(title, ("", "student", "teacher", "student / teacher"), retention_rows(measured))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -9,8 +10,9 @@ import harness
 import pytest
 import torch
 
-from vkd import pipeline
+from vkd import pipeline, training
 from vkd.checkpoint import load_student
+from vkd.errors import StorageError
 from vkd.planning import Plan
 
 TOLERANCE = 2e-4  # of the norm of all weights; 3e-5 was measured, and 1e-5 between one thread and two: Adam enlarges rounding
@@ -26,3 +28,15 @@ def test_two_workers_train_what_one_process_trains(tree: harness.Tree, tmp_path:
         assert trained.num_steps > run.train.epochs
         weights[workers] = torch.cat([tensor.flatten() for tensor in load_student(trained.student).state_dict().values()])
     assert (weights[2] - weights[0]).norm() < TOLERANCE * weights[0].norm()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("report")
+def test_what_a_worker_raises_is_raised_here(tree: harness.Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "MAX_FAILURES", 0)
+    shutil.copytree(tree["labels"]["store"], tmp_path / "labels")
+    for damaged in (tmp_path / "labels").glob("teacher-*/view=0/*/chunk-*"):
+        damaged.write_bytes(damaged.read_bytes()[:1000])
+    run = harness.parsed(tree, f"output={tmp_path / 'out'}", f"labels.store={tmp_path / 'labels'}", "compute.student.workers=2")
+    with pytest.raises(StorageError, match="corrupt label file"):
+        pipeline.distill(run, Mock())
