@@ -42,6 +42,7 @@ def tree_of(folder: Path) -> Tree:
         "output": str(folder / "out"),
         "data": {
             "manifest": str(folder / "manifest"),
+            "allow": ["/"],
             "clips": {"plan": "windows", "length_s": 0.5},
             "split": {"by": "time", "holdout": 0.26},
             "keep_frames": "raw",

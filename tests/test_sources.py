@@ -11,6 +11,7 @@ from vkd import sources
 from vkd.errors import ConfigError, ManifestError, StorageError, VideoError
 from vkd.manifest import VIDEO_SUFFIXES, BuildOptions, build
 from vkd.video import listing
+from vkd.video.access import Access
 from vkd.video.listing import Listed
 from vkd.video.sources import resolve_uri
 
@@ -53,7 +54,7 @@ def test_relative_sources_give_absolute_uris(tmp_path: Path, monkeypatch: pytest
 
 def test_version_is_etag_then_content_then_mtime(tmp_path: Path) -> None:
     def remote(uri: str, etag: str) -> Listed:
-        return listing.describe([uri], {uri: {"size": 3, "ETag": f'"{etag}"', "type": "file"}}, False, 1, None)[0]
+        return listing.describe([uri], {uri: {"size": 3, "ETag": f'"{etag}"', "type": "file"}}, Access(), BuildOptions(threads=1), None)[0]
 
     a, b, c = remote("memory://a", "e1"), remote("memory://b", "e1"), remote("memory://a", "e2")
     assert a.content == b.content == (3, "e1") != c.content
@@ -61,7 +62,9 @@ def test_version_is_etag_then_content_then_mtime(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(b"abc")
     os.utime(path, ns=(1, 7))
-    local, hashed = (listing.describe([str(path)], {}, hash_content, 1, None)[0] for hash_content in (False, True))
+    local, hashed = (
+        listing.describe([str(path)], {}, Access(), BuildOptions(hash=hash_content), None)[0] for hash_content in (False, True)
+    )
     assert (local.etag, local.content) == ("mtime:7", None)
     assert hashed.etag == "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
@@ -112,12 +115,12 @@ def test_misuse_says_what_to_do(tmp_path: Path, source: str, words: str) -> None
 def test_denied_storage_is_no_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder(tmp_path / "in", "a.mp4", "b.mp4")
 
-    def denied(path: str) -> None:
+    def denied(path: str, **_: object) -> None:
         raise PermissionError(path)
 
     monkeypatch.setattr("vkd.video.listing.os.stat", denied)
     with pytest.raises(StorageError, match="denied"):
-        listing.describe([f"{source}/a.mp4", f"{source}/b.mp4"], {}, False, 1, None)
+        listing.describe([f"{source}/a.mp4", f"{source}/b.mp4"], {}, Access(), BuildOptions(threads=1), None)
 
 
 def test_resolve_uri() -> None:

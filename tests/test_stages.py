@@ -23,6 +23,7 @@ from vkd.stages import ITEM, REJECT, STATS, Item, Job, Teach
 from vkd.store.encodings import decode
 from vkd.store.labelset import LabelSet
 from vkd.video.decode import decode_clip
+from vkd.video.guard import Guard
 
 
 @pytest.fixture
@@ -56,9 +57,9 @@ def test_a_chunk_is_decoded_once_for_all_samplings(run: Run) -> None:
     job = small.job_of(run)
     batch = small.decoded(job, 1)
     clips = clips_of(job, 1)
-    assert [s.size_px for s in job.samplings] == [16, 32]
+    assert [s.size_px for s in job.decoding.samplings] == [16, 32]
     assert job.column == {"teacher": f"{FRAMES}.0", FRAMES_ALIAS: f"{FRAMES}.1"}
-    for i, sampling in enumerate(job.samplings):
+    for i, sampling in enumerate(job.decoding.samplings):
         np.testing.assert_array_equal(batch[f"{FRAMES}.{i}"], np.stack([decode_clip(clip, [sampling])[0] for clip in clips]))
     assert batch[ITEM].tolist() == [1] * 5
     assert batch[REJECT].tolist() == [""] * 5
@@ -94,7 +95,7 @@ def test_broken_storage_is_not_the_videos_fault(run: Run, monkeypatch: pytest.Mo
         raise StorageError("unreachable")
 
     job = small.job_of(run)
-    monkeypatch.setattr(stages, "decode_clip", broken)
+    monkeypatch.setattr(Guard, "decode", broken)
     with pytest.raises(StorageError):
         small.decoded(job)
     assert len(missing(job, FRAMES_ALIAS)) == 5

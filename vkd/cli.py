@@ -43,6 +43,7 @@ def manifest(
     uri_column: Annotated[str | None, typer.Option(help="The column of a table that holds the uri.")] = None,
     hash: Annotated[bool, typer.Option("--hash", help="Identify videos by content, and note duplicates.")] = False,
     chunk_size: Annotated[int, typer.Option(help="Clips per chunk: the unit of work, commit and resume.")] = 64,
+    allow: Annotated[list[str] | None, typer.Option(help="A folder outside SOURCE whose files may be read; may be repeated.")] = None,
     as_json: Json = False,
 ) -> None:
     """List SOURCE's videos, with ids, sizes and durations, as immutable shards."""
@@ -50,7 +51,8 @@ def manifest(
 
     with _screen(as_json) as screen:
         screen.stage("manifest")
-        options = _options(BuildOptions, probe=probe, label_from=label_from, uri_column=uri_column, hash=hash, chunk_size=chunk_size)
+        given = {"probe": probe, "label_from": label_from, "uri_column": uri_column, "hash": hash, "chunk_size": chunk_size}
+        options = _options(BuildOptions, **given, allow=tuple(_absolute(folder) for folder in allow or ()))
         report = build(_absolute(source), _absolute(out), options, screen.probed)
         screen.close()
         screen.line(f"{out}: {report}")

@@ -57,9 +57,20 @@ class TeacherError(VkdError):
 
 
 class StorageError(VkdError):
-    """Storage is broken or full: nothing about a video; committed work is kept."""
+    """Storage is broken or full: nothing about a video; committed work is kept. `passing`: it may answer when asked again."""
 
     exit_code = 3
+
+    def __init__(self, what: str, *, where: str = "", action: str = "", passing: bool = False) -> None:
+        super().__init__(what, where=where, action=action)
+        self.passing = passing
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_storage, (self.what, self.where, self.action, self.passing)
+
+
+def _rebuild_storage(what: str, where: str, action: str, passing: bool) -> StorageError:
+    return StorageError(what, where=where, action=action, passing=passing)
 
 
 class VideoError(VkdError):

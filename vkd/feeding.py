@@ -67,6 +67,7 @@ class Feeder:
         self.rows = self.plan.rows(self.split)
         self.classes = self.plan.classes()
         self.sampling = planning.student_sampling(self.run)
+        self.decoding = planning.decoding(self.run, [self.sampling]).share(self.world_size * NUM_THREADS)
         self.tensors = {(alias, name): t for alias, s in self.sets.items() for name, t in s.spec.tensors.items()}
 
     @property
@@ -142,9 +143,8 @@ class Feeder:
     def _decode_videos(self, examples: pa.Table, rows: np.ndarray, view: int) -> tuple[np.ndarray, np.ndarray]:
         """Frames decoded now; a video that no longer decodes is counted and left out."""
         found, frames = [], []
-        for row in rows.tolist():
-            clip = clip_of(examples.slice(row, 1).to_pylist()[0], self.run.data.views, view)
-            decoded = decode_or_reject(clip, [self.sampling], self.run.compute.decode.backend)
+        clips = [clip_of(example, self.run.data.views, view) for example in examples.take(rows).to_pylist()]
+        for row, decoded in zip(rows.tolist(), decode_or_reject(clips, self.decoding), strict=True):
             if isinstance(decoded, Reject):
                 self.unreadable += 1
                 continue

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -141,7 +141,7 @@ def _job(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec], teachers: Mapp
     samplings = list(dict.fromkeys(wanted.values()))
     column = {alias: f"{FRAMES}.{samplings.index(sampling)}" for alias, sampling in wanted.items()}
     views = ViewPolicy(**run.data.views.policy())
-    return Job(plan, views, run.compute.decode.backend, run.labels.store, run.recipe.teachers, specs, samplings, column, items)
+    return Job(plan, views, planning.decoding(run, samplings), run.labels.store, run.recipe.teachers, specs, column, items)
 
 
 def _execute(job: Job, compute: Compute) -> Iterator[dict[str, Any]]:
@@ -149,12 +149,12 @@ def _execute(job: Job, compute: Compute) -> Iterator[dict[str, Any]]:
     aliases = list(job.teachers)
     asked = cluster.resources(compute, len(aliases))
     workers = asked.decode_workers or int(ray.cluster_resources()["CPU"])
-    frame_bytes = sum(s.num_frames * s.size_px**2 * 3 for s in job.samplings) * job.plan.chunk_size
+    frame_bytes = sum(s.num_frames * s.size_px**2 * 3 for s in job.decoding.samplings) * job.plan.chunk_size
     cluster.labelling_context(frame_bytes * 4 * (workers + asked.teacher_actors * len(aliases)))
     with warnings.catch_warnings():
         # 2.60 knows bounds on retries only as `ray_remote_args`, which it calls deprecated, and retries without end by default
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        dataset = _dataset(job, asked)
+        dataset = _dataset(replace(job, decoding=job.decoding.share(workers)), asked)
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         yield from (json.loads(text) for text in batch[STATS])
 

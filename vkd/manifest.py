@@ -23,6 +23,7 @@ from vkd.errors import ConfigError, ManifestError
 from vkd.sources import DUPLICATE_OF, MEASURED
 from vkd.store import files
 from vkd.video import listing
+from vkd.video.access import Access
 from vkd.video.listing import Listed, Probed, ProbeLevel, Progress
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".m2ts", ".3gp", ".ogv")
@@ -32,7 +33,10 @@ REJECTS = pa.schema(
 
 
 class BuildOptions(BaseModel):
-    """How a source is read. `label_from` is `folder`, `column:NAME`, or `regex:PATTERN` (group 1, searched in the file name)."""
+    """How a source is read. `label_from` is `folder`, `column:NAME`, or `regex:PATTERN` (group 1, searched in the file name).
+
+    Local files are read only in a source folder (beside it, when it is a list) and in the folders of `allow`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     probe: ProbeLevel = "header"
@@ -43,6 +47,7 @@ class BuildOptions(BaseModel):
     shard_rows: int = Field(default=8192, ge=1)
     threads: int = Field(default=16, ge=1)
     extensions: tuple[str, ...] = VIDEO_SUFFIXES
+    allow: tuple[str, ...] = ()
 
     @field_validator("label_from")
     @classmethod
@@ -148,18 +153,18 @@ def build(source: str, out: str, options: BuildOptions, progress: Progress | Non
     Rows are committed shard by shard, so an interrupted build goes on where it stopped and ends with the same shards.
     Raises ManifestError for a source or settings that do not fit, StorageError when storage fails; no video stops it.
     """
-    growth = _Growth(source, out, options)
+    growth, access = _Growth(source, out, options), Access.to(source, options.allow)
     rows, infos = sources.list_rows(source, options.uri_column, options.extensions)
     rows = sources.with_labels(sources.prepared(rows, options.probe), options.label_from, source)
     uris = list(dict.fromkeys(rows[schema.URI].to_pylist()))
-    videos = {video.uri: video for video in listing.describe(uris, infos, options.hash, options.threads, progress)}
+    videos = {video.uri: video for video in listing.describe(uris, infos, access, options, progress)}
     rows = growth.unknown(rows, videos)
     total = len(set(rows[schema.URI].to_pylist()))
     probed: dict[str, Probed] = {}
     for start in range(0, rows.num_rows, options.shard_rows):
         batch = rows.slice(start, options.shard_rows)
         todo = [videos[uri] for uri in dict.fromkeys(batch[schema.URI].to_pylist()) if uri not in probed]
-        fresh = listing.probe(todo, options.probe, options.threads, listing.shifted(progress, len(probed), total))
+        fresh = listing.probe(todo, options.probe, access, options.threads, listing.shifted(progress, len(probed), total))
         probed |= {item.video.uri: item for item in fresh}
         growth.commit(batch, fresh, probed)
     return growth.report()

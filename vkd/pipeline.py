@@ -58,6 +58,7 @@ def evaluate(run: Run, watch: Watcher, student: str | None = None) -> dict[str, 
 def run_all(run: Run, watch: Watcher) -> tuple[LabelReport, TrainReport, dict[str, Any] | None]:
     """Label, distill and, when clips are held out, evaluate: each does only what is left to do."""
     held_out = run.data.split.by != "none"
+    training.claim_output(run)  # an output of another run is told now, not after hours of labelling
     with cluster.session(run.compute) if run.compute.student.workers else nullcontext():  # else Ray ends with the labels
         return label(run, watch), distill(run, watch), evaluate(run, watch) if held_out else None
 
@@ -68,5 +69,5 @@ def build_manifest(run: Run, watch: Watcher) -> None:
     if data.source is None:
         return
     watch.stage("manifest")
-    options = BuildOptions(label_from=data.label_from, chunk_size=data.chunk_size)
+    options = BuildOptions(label_from=data.label_from, chunk_size=data.chunk_size, allow=tuple(data.allow))
     manifest.build(data.source, data.manifest, options, watch.probed)

@@ -20,6 +20,7 @@ from vkd.schema import TensorType
 from vkd.store.labelset import LabelSetSpec
 from vkd.students import STUDENTS
 from vkd.teachers import TEACHERS
+from vkd.video.settings import Settings
 
 if TYPE_CHECKING:  # decode workers plan, and must not import the recipes' torch
     from vkd.run import Run
@@ -89,6 +90,11 @@ def student_sampling(run: Run) -> Sampling:
     """How the run's student looks at a view."""
     sampling: Sampling = models.build(run.recipe.student, STUDENTS, "student", heads={}).sampling
     return sampling
+
+
+def decoding(run: Run, samplings: Sequence[Sampling]) -> Settings:
+    """How the run's videos are decoded."""
+    return Settings(tuple(samplings), run.compute.decode.backend, run.data.access, run.compute.decode.limits)
 
 
 def teacher_spec(run: Run, alias: str, teacher: Teacher) -> LabelSetSpec:

@@ -16,6 +16,8 @@ from vkd.errors import ConfigError
 from vkd.models import ModelSpec, find
 from vkd.recipes import RECIPES
 from vkd.recipes.base import Recipe
+from vkd.video.access import MAX_INLINE_BYTES, Access
+from vkd.video.settings import MIN_MEMORY_BYTES, Limits
 
 
 class _Part(BaseModel):
@@ -43,7 +45,11 @@ class Views(ViewPolicy):
 
 
 class Data(_Part):
-    """Which videos, cut into which clips, seen how."""
+    """Which videos, cut into which clips, seen how.
+
+    Local files are read only in `source` and in the folders of `allow`. Remote objects up to `max_inline_bytes` are read whole,
+    larger ones in ranges; all decode workers together make at most `max_requests_per_s`.
+    """
 
     manifest: Place
     source: str | None = None
@@ -54,6 +60,15 @@ class Data(_Part):
     views: Views = Views()
     keep_frames: Literal["none", "jpeg", "raw"] = "none"
     max_reject_fraction: float = Field(default=0.5, gt=0, le=1)
+    allow: tuple[Place, ...] = ()
+    max_inline_bytes: int = Field(default=MAX_INLINE_BYTES, ge=0)
+    max_requests_per_s: float | None = Field(default=None, gt=0)
+
+    @property
+    def access(self) -> Access:
+        """What may be read of the world, and how."""
+        how = {"max_inline_bytes": self.max_inline_bytes, "max_requests_per_s": self.max_requests_per_s}
+        return Access.to(self.source, self.allow, **how)
 
 
 class Labels(_Part):
@@ -86,11 +101,21 @@ class Checkpoint(_Part):
 
 
 class Decode(_Part):
-    """Decode tasks: how many at once (none: as many as the cluster holds), CPUs each asks for, and the decoder."""
+    """Decode tasks: how many at once (none: as many as the cluster holds), CPUs each asks for, the decoder, its limits.
+
+    A video may take `deadline_s`, and `deadline_s_per_video_s` more for each second of it; its decoder `max_memory_bytes`.
+    """
 
     workers: int | None = Field(default=None, ge=1)
     cpus: float | None = Field(default=None, gt=0)
     backend: Literal["auto", "decord", "pyav"] = "auto"
+    deadline_s: float = Field(default=Limits.deadline_s, gt=0)
+    deadline_s_per_video_s: float = Field(default=Limits.deadline_s_per_video_s, ge=0)
+    max_memory_bytes: int = Field(default=Limits.max_memory_bytes, ge=MIN_MEMORY_BYTES)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.deadline_s, self.deadline_s_per_video_s, self.max_memory_bytes)
 
 
 class TeacherPool(_Part):

@@ -18,7 +18,7 @@ EXAMPLE_ID, START_S, END_S = "example_id", "start_s", "end_s"
 # label columns
 STATUS, LABELLED, REJECTED = "status", "labelled", "rejected"
 REJECT_STAGE, REJECT_KIND, REJECT_MESSAGE, REJECT_PERMANENT = "reject_stage", "reject_kind", "reject_message", "reject_permanent"
-ATTEMPTS = "attempts"
+ATTEMPTS, REJECT_DECODER = "attempts", "reject_decoder"
 # the frames of a batch: uint8 [B, T, S, S, 3]
 FRAMES = "frames"
 # splits

@@ -32,6 +32,7 @@ MEASURED = {  # columns that probing fills, and from what of VideoInfo
     schema.CODEC: ("codec", pa.string()),
 }
 LISTED = (schema.VIDEO_ID, schema.SIZE_BYTES, schema.ETAG, DUPLICATE_OF)  # columns that listing fills
+EMPTY_IS_NULL = pyarrow.csv.ConvertOptions(strings_can_be_null=True, null_values=[""])  # an empty cell is no label named ''
 
 
 def list_rows(source: str, uri_column: str | None, extensions: Sequence[str]) -> tuple[pa.Table, dict[str, Info]]:
@@ -77,7 +78,7 @@ def _parse(data: bytes, suffix: str) -> pa.Table:
     if suffix in (".csv", ".tsv"):
         options = pyarrow.csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True)
         # one block: types are inferred from the first block only
-        return pyarrow.csv.read_csv(io.BytesIO(data), pyarrow.csv.ReadOptions(block_size=len(data) + 1), options)
+        return pyarrow.csv.read_csv(io.BytesIO(data), pyarrow.csv.ReadOptions(block_size=len(data) + 1), options, EMPTY_IS_NULL)
     text = data.decode("utf-8-sig")
     if suffix == ".txt":
         lines = (line.strip() for line in text.splitlines())

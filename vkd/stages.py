@@ -7,14 +7,14 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vkd import planning, schema
-from vkd.clips import Clip, Sampling, ViewPolicy
+from vkd.clips import Clip, ViewPolicy
 from vkd.errors import TeacherError, VideoError
 from vkd.models import ModelSpec
 from vkd.planning import FRAMES_ALIAS, Plan
@@ -22,7 +22,8 @@ from vkd.rounds import Chunk
 from vkd.schema import FRAMES, Columns
 from vkd.store.encodings import fidelity
 from vkd.store.labelset import ChunkRows, LabelSet, LabelSetSpec, Reject
-from vkd.video.decode import decode_clip
+from vkd.video import guard
+from vkd.video.settings import Settings
 
 ITEM, REJECT, STATS = "item", "reject", "stats"
 
@@ -41,11 +42,10 @@ class Job:
 
     plan: Plan
     views: ViewPolicy
-    backend: str
+    decoding: Settings
     store: str
     teachers: Mapping[str, ModelSpec]
     specs: Mapping[str, LabelSetSpec]
-    samplings: Sequence[Sampling]
     column: Mapping[str, str]  # label set -> the column that holds its frames
     items: Sequence[Item]
 
@@ -55,10 +55,11 @@ def decode(job: Job, batch: Columns) -> Columns:
     (number,) = batch[ITEM].tolist()
     item, started_s = job.items[number], time.process_time()
     examples = job.plan.examples(item.chunk).select([schema.EXAMPLE_ID, schema.URI, schema.START_S, schema.END_S]).to_pylist()
-    frames = [np.zeros((len(examples), s.num_frames, s.size_px, s.size_px, 3), np.uint8) for s in job.samplings]
+    frames = [np.zeros((len(examples), s.num_frames, s.size_px, s.size_px, 3), np.uint8) for s in job.decoding.samplings]
     rejects: dict[int, Reject] = {}
-    for row, example in enumerate(examples):
-        decoded = decode_or_reject(clip_of(example, job.views, item.view), job.samplings, job.backend)
+    clips = [clip_of(example, job.views, item.view) for example in examples]
+    before_s = guard.here(job.decoding).cpu_s
+    for row, decoded in enumerate(decode_or_reject(clips, job.decoding)):
         if isinstance(decoded, Reject):
             rejects[row] = decoded
             continue
@@ -68,7 +69,8 @@ def decode(job: Job, batch: Columns) -> Columns:
     if FRAMES_ALIAS in item.lacks:
         kept = {FRAMES_ALIAS: columns[job.column[FRAMES_ALIAS]]}
         _commit(LabelSet.open(job.store, job.specs[FRAMES_ALIAS]), item, examples, rejects, kept)
-    stats = {"decode_s": time.process_time() - started_s, "teach_s": {}, "fidelity": {}}
+    decode_s = time.process_time() - started_s + guard.here(job.decoding).cpu_s - before_s
+    stats = {"decode_s": decode_s, "teach_s": {}, "fidelity": {}}
     return columns | {
         ITEM: np.full(len(examples), number),
         REJECT: np.array([json.dumps(asdict(rejects[i])) if i in rejects else "" for i in range(len(examples))]),
@@ -76,12 +78,15 @@ def decode(job: Job, batch: Columns) -> Columns:
     }
 
 
-def decode_or_reject(clip: Clip, samplings: Sequence[Sampling], backend: str) -> list[np.ndarray] | Reject:
-    """The clip's frames for each sampling; a Reject when the video cannot be used. The one place that catches VideoError."""
-    try:
-        return decode_clip(clip, samplings, backend)
-    except VideoError as error:
-        return Reject("decode", error.kind, str(error), error.permanent, 1)
+def decode_or_reject(clips: Sequence[Clip], settings: Settings) -> Iterator[list[np.ndarray] | Reject]:
+    """Of each clip the frames for each sampling, or a Reject when the video cannot be used. The one place that takes VideoErrors."""
+    child = guard.here(settings)
+    for decoded in child.decode(clips):
+        if isinstance(decoded, VideoError):
+            decoder = settings.backend if settings.backend != "auto" else "pyav"  # which has the last word
+            yield Reject("decode", decoded.kind, str(decoded), decoded.permanent, child.attempts, decoder)
+        else:
+            yield decoded
 
 
 def clip_of(example: Mapping[str, Any], views: ViewPolicy, view: int) -> Clip:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from vkd.store.labelset import LabelSet
 OnRound = Callable[[RoundReport], None]
 MAX_FAILURES = 3
 DECIDES = ("data", "labels", "recipe", "train", "checkpoint")  # sections that decide the weights; compute does not
+DECIDES_NOT = {"data": {"allow", "max_reject_fraction", "max_inline_bytes", "max_requests_per_s"}}  # less these
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,16 @@ def claim_output(run: Run) -> None:
         before = yaml.safe_load(files.read(place))
         now = run.model_dump(mode="json")
         for section in DECIDES:
-            if difference := _difference(before.get(section), now[section], section):
+            there, here = (_less(tree.get(section), DECIDES_NOT.get(section, set())) for tree in (before, now))
+            if difference := _difference(there, here, section):
                 raise ConfigError(
                     f"holds a run with another {difference}", where=run.output, action="name another output, or delete this one"
                 )
     files.put(place, run_files.dump(run).encode())
+
+
+def _less(section: Any, keys: Set[str]) -> Any:
+    return {k: v for k, v in section.items() if k not in keys} if isinstance(section, Mapping) else section
 
 
 def _difference(before: Any, now: Any, path: str) -> str | None:

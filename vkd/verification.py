@@ -123,7 +123,7 @@ def _label_again(run: Run, plan: Plan, teacher: Teacher, label_set: LabelSet, nu
         except StorageError:
             continue  # `verify_files` tells of it
         row = int(rng.integers(table.num_rows))
-        frames = stages.decode_or_reject(stages.clip_of(examples[row], run.data.views, 0), [teacher.sampling], run.compute.decode.backend)
+        (frames,) = stages.decode_or_reject([stages.clip_of(examples[row], run.data.views, 0)], planning.decoding(run, [teacher.sampling]))
         if isinstance(frames, Reject) or table[schema.STATUS][row].as_py() == schema.REJECTED:
             continue
         answered = teacher({schema.FRAMES: frames[0][None]})

@@ -279,7 +279,8 @@ def test_corrupt_bytes_are_detected(local):
         bad[at] ^= 0x55
         files.put(path, bytes(bad))
         try:
-            same = label_set.read(0, CHUNKS[0], verify=True).equals(chunkfile.to_table(make_rows(0), make_spec()))
+            table, expected = label_set.read(0, CHUNKS[0], verify=True), chunkfile.to_table(make_rows(0), make_spec())
+            same = table.select(expected.column_names).columns == expected.columns
         except StorageError as error:
             assert "chunk-00000.a0.parquet" in str(error) and "delete it" in str(error) and "vkd verify" in str(error)
         else:

@@ -16,7 +16,9 @@ from PIL import Image
 from vkd.clips import Clip, Sampling, View, ViewPolicy
 from vkd.errors import ConfigError, StorageError, VideoError
 from vkd.video import decode
-from vkd.video.decode import VideoInfo, decode_clip, probe, probe_full
+from vkd.video.access import Access
+from vkd.video.container import VideoInfo
+from vkd.video.decode import decode_clip, probe, probe_full
 
 WHOLE = View("frame")
 BACKENDS = ("decord", "pyav", "auto")
@@ -49,6 +51,8 @@ DECORD_EXCEPTIONS = {
     "neardup/db/cloudy-sky.mp4": "an edit list hides frames",
     "neardup/db/swing.mp4": "an edit list hides frames",
 }
+
+RANGES = Access(max_inline_bytes=9)
 
 
 @pytest.fixture(scope="module")
@@ -250,8 +254,8 @@ def test_any_fsspec_uri_and_any_way_to_its_bytes(clips: dict[str, Path]) -> None
             assert indices(f"file://{clips[name]}", sampling, backend) == indices(uri, sampling, backend) == expected
         for decoding in ("exact", "keyframe"):
             clip = Clip(uri, 0.0, None, View("frame", decoding=decoding), "key")  # type: ignore[arg-type]
-            np.testing.assert_array_equal(decode_clip(clip, [sampling], "auto", max_inline_bytes=9), decode_clip(clip, [sampling], "pyav"))
-        assert probe(uri, max_inline_bytes=9) == probe(str(clips[name]))
+            np.testing.assert_array_equal(decode_clip(clip, [sampling], "auto", access=RANGES), decode_clip(clip, [sampling], "pyav"))
+        assert probe(uri, access=RANGES) == probe(str(clips[name]))
     fs.rm("/decode", recursive=True)
 
 
@@ -265,7 +269,7 @@ def test_storage_that_breaks_while_decoding_is_not_the_videos_fault(clips: dict[
 
     monkeypatch.setattr(handle, "read", broken, raising=False)
     with pytest.raises(StorageError, match="peer"):
-        decode_clip(Clip("memory://decode/clip.mp4", 0.0, None, View(), "key"), [Sampling(size_px=64)], max_inline_bytes=9)
+        decode_clip(Clip("memory://decode/clip.mp4", 0.0, None, View(), "key"), [Sampling(size_px=64)], access=RANGES)
 
 
 def test_exactly_one_package_provides_decord(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from vkd.clips import Clip, Sampling, View
 from vkd.errors import StorageError, VideoError
 from vkd.video import fetch
+from vkd.video.access import Access
 from vkd.video.decode import decode_clip
 
 
@@ -80,7 +81,7 @@ def test_large_objects_are_decoded_from_ranges(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(fetch, "BLOCK_BYTES", 1 << 16)
     view = View("frame", decoding=decoding)  # type: ignore[arg-type]
     sampling = Sampling(num_frames=2, size_px=64)
-    from_ranges = decode_clip(Clip("ranges://clip", 2.0, 2.4, view, "key"), [sampling], max_inline_bytes=9)
+    from_ranges = decode_clip(Clip("ranges://clip", 2.0, 2.4, view, "key"), [sampling], access=Access(max_inline_bytes=9))
     np.testing.assert_array_equal(from_ranges, decode_clip(Clip(str(path), 2.0, 2.4, view, "key"), [sampling], "pyav"))
     num_bytes = sum(end - start for start, end in RangeFileSystem.ranges)
     assert len(RangeFileSystem.ranges) > 2

@@ -25,11 +25,11 @@ from vkd.schema import TensorType
 from vkd.store import encodings, files
 
 CHUNKS = b"vkd.chunks"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TAIL_BYTES = 1 << 16
 ROWS_PER_GROUP = 8  # of chunk files with variable-length tensors
 Stamp = tuple[int, float]  # size in bytes and modification time of a compacted shard
-_TEXTS = (schema.STATUS, schema.REJECT_STAGE, schema.REJECT_KIND, schema.REJECT_MESSAGE)
+_TEXTS = (schema.STATUS, schema.REJECT_STAGE, schema.REJECT_KIND, schema.REJECT_MESSAGE, schema.REJECT_DECODER)
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,14 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class Reject:
-    """Why one example has no labels: where it failed, the short reason that is counted, and whether another try can help."""
+    """Why one example has no labels: where it failed, the short reason that is counted, whether to try again is in vain, by whom."""
 
     stage: str
     kind: str
     message: str
     permanent: bool
     attempts: int = 1
+    decoder: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def to_table(rows: ChunkRows, spec: LabelSetSpec) -> pa.Table:
         schema.REJECT_MESSAGE: told("message", pa.string()),
         schema.REJECT_PERMANENT: told("permanent", pa.bool_()),
         schema.ATTEMPTS: told("attempts", pa.int32()),
+        schema.REJECT_DECODER: told("decoder", pa.string()),
     }
     fields = [pa.field(name, array.type) for name, array in table.items()]
     arrays = list(table.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,19 @@ from vkd.errors import VideoError
 
 EPSILON_S = 1e-6
 TRUNCATED_S = 0.5  # a header may promise this much more than the file holds
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a header says of a video. Width and height are those shown, after the rotation (clockwise: 0, 90, 180, 270)."""
+
+    duration_s: float | None
+    fps: float | None
+    width_px: int
+    height_px: int
+    codec: str
+    rotation_degrees: int
+    num_frames: int | None
 
 
 class Video:

@@ -9,7 +9,7 @@ import importlib.metadata
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,7 +19,8 @@ from PIL import Image
 from vkd.clips import Clip, Sampling, View
 from vkd.errors import ConfigError, VideoError
 from vkd.video import fetch
-from vkd.video.container import EPSILON_S, Video, words
+from vkd.video.access import Access
+from vkd.video.container import EPSILON_S, Video, VideoInfo, words
 
 Frame = UInt8[np.ndarray, "height width 3"]
 
@@ -28,19 +29,6 @@ BLIND_SEEK_S = 2.0  # without an index, a seek over less than this is not tried
 # Playlists and scripts are left out: they would make FFmpeg open other files and hosts.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,obu,h264,hevc,m4v,gif,mxf,nut,rm,yuv4mpegpipe,mp3,wav,flac,aac"
 DECORD_PACKAGES = ("decord", "decord2", "eva-decord")
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a header says of a video. Width and height are those shown, after the rotation (clockwise: 0, 90, 180, 270)."""
-
-    duration_s: float | None
-    fps: float | None
-    width_px: int
-    height_px: int
-    codec: str
-    rotation_degrees: int
-    num_frames: int | None
 
 
 def check_decoder() -> None:
@@ -53,15 +41,15 @@ def check_decoder() -> None:
         raise ConfigError("no package provides the module decord", action="pip install decord2")
 
 
-def probe(uri: str, max_inline_bytes: int = fetch.MAX_INLINE_BYTES) -> VideoInfo:
+def probe(uri: str, access: Access = fetch.EVERYTHING) -> VideoInfo:
     """The header of a video, and of its first frame the rotation, which PyAV shows nowhere else."""
-    with fetch.opened(uri, max_inline_bytes) as source, _video(source, uri) as video:
+    with fetch.opened(uri, access) as source, _video(source, uri) as video:
         return _info(video)
 
 
-def probe_full(uri: str, max_inline_bytes: int = fetch.MAX_INLINE_BYTES) -> VideoInfo:
+def probe_full(uri: str, access: Access = fetch.EVERYTHING) -> VideoInfo:
     """The same with the true number of frames and duration: decodes all of it. Raises `truncated` when not all is there."""
-    with fetch.opened(uri, max_inline_bytes) as source, _video(source, uri) as video:
+    with fetch.opened(uri, access) as source, _video(source, uri) as video:
         info, num_frames, end_s = _info(video), 0, 0.0
         video.seek(0.0)
         for frame in video.frames():
@@ -71,7 +59,7 @@ def probe_full(uri: str, max_inline_bytes: int = fetch.MAX_INLINE_BYTES) -> Vide
 
 
 def decode_clip(
-    clip: Clip, samplings: Sequence[Sampling], backend: str = "auto", max_inline_bytes: int = fetch.MAX_INLINE_BYTES
+    clip: Clip, samplings: Sequence[Sampling], backend: str = "auto", access: Access = fetch.EVERYTHING
 ) -> list[UInt8[np.ndarray, "num_frames size size 3"]]:
     """One array per sampling, all cut from one pass over the union of their timestamps; equal samplings share one array.
 
@@ -79,7 +67,7 @@ def decode_clip(
     """
     if backend not in ("auto", "decord", "pyav"):
         raise ConfigError(f"unknown decoder {backend!r}", action="use one of auto, decord, pyav")
-    with fetch.opened(clip.uri, max_inline_bytes) as source, _video(source, clip.uri) as video:
+    with fetch.opened(clip.uri, access) as source, _video(source, clip.uri) as video:
         end_s = video.duration_s() if clip.end_s is None else clip.end_s
         times = {sampling: sampling.timestamps_s(clip.start_s, end_s, clip.key) for sampling in samplings}
         union = np.unique(np.concatenate(list(times.values()))) if times else np.zeros(0)

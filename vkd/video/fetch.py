@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Iterator
@@ -13,22 +14,22 @@ from fsspec.implementations.local import LocalFileSystem
 from vkd.errors import StorageError, VideoError
 from vkd.store import files
 from vkd.store.files import UNREACHABLE
-from vkd.video.sources import resolve_uri
+from vkd.video.access import METER, Access
 
-MAX_INLINE_BYTES = 64 << 20
 BLOCK_BYTES = 4 << 20
 MAX_BLOCKS = 16  # of one open object: the memory that range reads may hold
+EVERYTHING = Access()
 
 
 @contextmanager
-def opened(uri: str, max_inline_bytes: int = MAX_INLINE_BYTES) -> Iterator[str | BinaryIO]:
-    """A local path, a `BytesIO` of an object of at most `max_inline_bytes`, or a file object that reads blocks on demand.
+def opened(uri: str, access: Access = EVERYTHING) -> Iterator[str | BinaryIO]:
+    """A local path, a `BytesIO` of a small object, or a file object that reads blocks on demand.
 
-    What goes wrong inside the block while bytes are read is told apart too: VideoError (`missing`, `empty`) is about this
-    video, StorageError about the storage.
+    What goes wrong inside the block while bytes are read is told apart too: VideoError (`missing`, `empty`, `not_allowed`) is
+    about this video, StorageError about the storage.
     """
     with _read_errors(uri):
-        source = _open(resolve_uri(uri), uri, max_inline_bytes)
+        source = _open(access.resolve(uri), uri, access)
         try:
             yield source
         finally:
@@ -36,22 +37,48 @@ def opened(uri: str, max_inline_bytes: int = MAX_INLINE_BYTES) -> Iterator[str |
                 source.close()
 
 
-def _open(resolved: str, uri: str, max_inline_bytes: int) -> str | BinaryIO:
+def _open(resolved: str, uri: str, access: Access) -> str | BinaryIO:
     fs, path = files.filesystem(resolved)
-    info = fs.info(path)
+    with METER.request(access.max_requests_per_s):
+        info = fs.info(path)
     if info["type"] == "directory":
         raise VideoError("not_a_video", "it is a folder", where=uri)
     size_bytes = info["size"]
     if size_bytes == 0:
         raise VideoError("empty", "the file has no bytes", where=uri)
     if isinstance(fs, LocalFileSystem):
+        if not os.path.isfile(path):
+            raise VideoError("not_a_video", "it is no regular file", where=uri)
         if not os.access(path, os.R_OK):
             raise PermissionError("the file cannot be read")
         return str(path)
-    if size_bytes is None or size_bytes <= max_inline_bytes:
-        return io.BytesIO(fs.cat_file(path))
-    handle: BinaryIO = fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="blockcache", cache_options={"maxblocks": MAX_BLOCKS})
+    if size_bytes is None or size_bytes <= access.max_inline_bytes:
+        with METER.request(access.max_requests_per_s):
+            data = fs.cat_file(path)
+        METER.num_bytes += len(data)
+        if size_bytes is not None and len(data) != size_bytes:
+            raise OSError(errno.EIO, f"{len(data)} of {size_bytes} bytes came")
+        return io.BytesIO(data)
+    blocks = {"block_size": BLOCK_BYTES, "cache_type": "blockcache", "cache_options": {"maxblocks": MAX_BLOCKS}}
+    handle: BinaryIO = fs.open(path, "rb", **blocks)
+    _meter_ranges(handle, access)
     return handle
+
+
+def _meter_ranges(handle: BinaryIO, access: Access) -> None:
+    """Count the ranges that a file object fetches; its cache calls this function for each block that it lacks."""
+    cache = getattr(handle, "cache", None)  # files in memory have none
+    if cache is None:
+        return
+    fetch = cache.fetcher
+
+    def metered(start: int, end: int) -> bytes:
+        with METER.request(access.max_requests_per_s):
+            data: bytes = fetch(start, end)
+        METER.num_bytes += len(data)
+        return data
+
+    cache.fetcher = metered
 
 
 @contextmanager
@@ -62,4 +89,4 @@ def _read_errors(uri: str) -> Iterator[None]:
         raise VideoError("missing", "there is no such file", where=uri) from error
     except UNREACHABLE as error:
         action = "check that the storage can be reached and read, then run the same command again"
-        raise StorageError(f"{type(error).__name__}: {error}", where=uri, action=action) from error
+        raise StorageError(f"{type(error).__name__}: {error}", where=uri, action=action, passing=files.passes(uri, error)) from error

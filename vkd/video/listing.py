@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -22,11 +22,11 @@ from vkd import schema
 from vkd.errors import ManifestError, StorageError, VideoError
 from vkd.store import files
 from vkd.store.files import UNREACHABLE
+from vkd.video import guard
+from vkd.video.access import Access
+from vkd.video.container import VideoInfo
+from vkd.video.settings import Settings
 from vkd.video.sources import PACKAGE, resolve_uri
-
-if TYPE_CHECKING:
-    from vkd.video.decode import VideoInfo
-
 
 ProbeLevel = Literal["none", "header", "full"]
 Progress = Callable[[int, int], None]
@@ -55,6 +55,15 @@ class Listed:
         if self.size_bytes is None or self.etag is None or self.etag.startswith("mtime:"):
             return None
         return self.size_bytes, self.etag
+
+
+class Listing(Protocol):
+    """How to list: whether contents are hashed, and with how many threads."""
+
+    @property
+    def hash(self) -> bool: ...
+    @property
+    def threads(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -107,13 +116,13 @@ def _is_video(uri: str, extensions: Sequence[str]) -> bool:
     return name.lower().endswith(tuple(extensions)) and not name.startswith(".")
 
 
-def describe(uris: Sequence[str], infos: dict[str, Info], hash_content: bool, threads: int, progress: Progress | None) -> list[Listed]:
+def describe(uris: Sequence[str], infos: dict[str, Info], access: Access, how: Listing, progress: Progress | None) -> list[Listed]:
     """Size and version of each uri, in order. StorageError when the store refuses or cannot be reached."""
 
     def one(uri: str) -> Listed:
-        return _describe(uri, infos.get(uri, {}), hash_content or uri.startswith(PACKAGE))
+        return _describe(uri, infos.get(uri, {}), access, how.hash or uri.startswith(PACKAGE))
 
-    listed = _in_threads(one, uris, threads, progress if hash_content else None)
+    listed = _in_threads(one, uris, how.threads, progress if how.hash else None)
     if listed and all(video.fault is not None and video.fault.kind in ("missing", "forbidden") for video in listed):
         if any(video.fault is not None and video.fault.kind == "forbidden" for video in listed):
             raise StorageError(f"access denied to all {len(listed)} videos", where=uris[0], action="check the credentials, then run again")
@@ -135,9 +144,12 @@ def _in_threads(function: Callable[[Item], Result], items: Sequence[Item], threa
         pool.shutdown(cancel_futures=True)
 
 
-def probe(videos: Sequence[Listed], level: ProbeLevel, threads: int, progress: Progress | None) -> list[Probed]:
+def probe(videos: Sequence[Listed], level: ProbeLevel, access: Access, threads: int, progress: Progress | None) -> list[Probed]:
     """What each video is, in order; a VideoError becomes its fault. StorageError stops."""
-    return _in_threads(lambda video: _probe(video, level), videos, threads, progress)
+    settings = Settings(access=access)
+    if level != "none":
+        threads = min(threads, 2 * (os.cpu_count() or 1))  # each has a child process that decodes
+    return _in_threads(lambda video: _probe(video, level, settings), videos, threads, progress)
 
 
 def shifted(progress: Progress | None, offset: int, total: int) -> Progress | None:
@@ -145,14 +157,12 @@ def shifted(progress: Progress | None, offset: int, total: int) -> Progress | No
     return None if progress is None else lambda done, _: progress(offset + done, total)
 
 
-def _probe(video: Listed, level: ProbeLevel) -> Probed:
+def _probe(video: Listed, level: ProbeLevel, settings: Settings) -> Probed:
     """What a video is; a VideoError becomes its fault."""
     if video.fault is not None or level == "none":
         return Probed(video, fault=video.fault)
-    from vkd.video import decode  # decoders are needed here only: who reads a manifest does not load them
-
     try:
-        return Probed(video, decode.probe(video.uri) if level == "header" else decode.probe_full(video.uri))
+        return Probed(video, guard.here(settings).probe(video.uri, full=level == "full"))
     except VideoError as error:
         return Probed(video, fault=error)
 
@@ -174,9 +184,9 @@ def reaching(source: str) -> Iterator[None]:
         raise ManifestError(str(error), where=source, action="mend SOURCE") from error
 
 
-def _describe(uri: str, info: Info, hash_content: bool) -> Listed:
+def _describe(uri: str, info: Info, access: Access, hash_content: bool) -> Listed:
     try:
-        path = resolve_uri(uri)
+        path = access.resolve(uri)
         if "://" not in path:
             status = os.stat(path)  # follows links, as decoding does
             kind = "directory" if stat.S_ISDIR(status.st_mode) else "file"
