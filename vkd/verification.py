@@ -13,7 +13,8 @@ from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.run import Run
 from vkd.store.encodings import cosine, decode
-from vkd.store.labelset import LabelSet, Reject, verify_files
+from vkd.store.housekeeping import verify_files
+from vkd.store.labelset import LabelSet, Reject
 from vkd.teachers.base import Teacher
 
 MIN_COSINE = 0.99

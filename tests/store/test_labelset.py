@@ -16,7 +16,8 @@ from vkd.errors import ConfigError, LabelsMismatch, LabelsMissing, StorageError,
 from vkd.rounds import Chunk
 from vkd.schema import TensorType
 from vkd.store import chunkfile, encodings, files
-from vkd.store.labelset import ChunkRows, LabelSet, LabelSetSpec, Reject, verify_files
+from vkd.store.housekeeping import verify_files
+from vkd.store.labelset import ChunkRows, LabelSet, LabelSetSpec, Reject
 
 TENSORS = {
     "logits": TensorType("float32", (20,)),

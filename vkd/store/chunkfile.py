@@ -5,13 +5,12 @@ The footer's `vkd.chunks` tells of each chunk its attempt, counts and content di
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +22,7 @@ from vkd import schema
 from vkd.errors import ConfigError, StorageError, TeacherError
 from vkd.schema import TensorType
 from vkd.store import encodings, files
+from vkd.store.digest import content_digest
 
 CHUNKS = b"vkd.chunks"
 FORMAT_VERSION = 2
@@ -109,6 +109,11 @@ class ChunkRows:
     rejects: Mapping[int, Reject]
     labels: Mapping[str, encodings.Values]
 
+    def only(self, rows: Collection[int]) -> ChunkRows:
+        """The same with all but some rows rejected, so that their labels are not looked at."""
+        others = {row: Reject("", "", "", False) for row in range(len(self.example_ids)) if row not in rows}
+        return replace(self, rejects=dict(self.rejects) | others)
+
 
 @dataclass(frozen=True)
 class ChunkInfo:
@@ -161,6 +166,15 @@ def to_table(rows: ChunkRows, spec: LabelSetSpec) -> pa.Table:
         fields += [column for column, _ in columns]
         arrays += [array for _, array in columns]
     return pa.table(arrays, schema=pa.schema(fields))
+
+
+def replaced(stored: pa.Table, fresh: pa.Table, rows: Collection[int]) -> pa.Table:
+    """The stored table with some rows of another one in their places; no value is decoded."""
+    if stored.column_names != fresh.column_names or stored.schema.types != fresh.schema.types:
+        raise StorageError("the stored columns are not those of the label set", action="vkd verify RUN finds the damaged file")
+    same = pa.Table.from_arrays(stored.columns, schema=fresh.schema)  # less what Parquet adds to the metadata of fields
+    order = [stored.num_rows + row if row in rows else row for row in range(stored.num_rows)]
+    return pa.concat_tables([same, fresh]).take(pa.array(order, pa.int64())).combine_chunks()
 
 
 def info_of(table: pa.Table, index: int, attempt: int) -> ChunkInfo:
@@ -257,33 +271,3 @@ def _readable(uri: str) -> Iterator[None]:
         what = f"{'cannot be read' if broken_storage else 'corrupt label file'}: {type(error).__name__}: {error}"
         action = "check that the place can be reached" if broken_storage else "delete it (vkd verify lists all such files)"
         raise StorageError(what, where=uri, action=f"{action}, then run the same command again") from error
-
-
-def content_digest(table: pa.Table) -> str:
-    """Digest of names, types, metadata, nulls and values; the same however Arrow lays them out."""
-    hasher = hashlib.sha256()
-    for part in table.schema:
-        metadata = sorted(pair for pair in (part.metadata or {}).items() if pair[0].startswith(b"vkd."))
-        kind = "list" if pa.types.is_list(part.type) else str(part.type)  # Parquet may rename a list's items
-        hasher.update(repr((part.name, kind, metadata)).encode())
-        column = table[part.name]
-        _hash_array(hasher.update, column.chunk(0) if column.num_chunks == 1 else column.combine_chunks())
-    return hasher.hexdigest()[:32]
-
-
-def _hash_array(update: Callable[[Any], object], array: pa.Array) -> None:
-    update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)))
-    array = array.drop_null()
-    if pa.types.is_list(array.type):
-        update(array.value_lengths().to_numpy(zero_copy_only=False))
-        _hash_array(update, array.flatten())
-    elif pa.types.is_fixed_size_binary(array.type):
-        width = array.type.byte_width
-        update(memoryview(array.buffers()[1] or b"")[array.offset * width :][: len(array) * width])
-    elif pa.types.is_string(array.type) or pa.types.is_large_binary(array.type):
-        array = array.cast(pa.large_binary())
-        offsets = np.frombuffer(array.buffers()[1], np.int64, len(array) + 1, array.offset * 8) if len(array) else np.zeros(1, np.int64)
-        update(np.diff(offsets))
-        update(memoryview(array.buffers()[2] or b"")[offsets[0] : offsets[-1]])
-    else:
-        update(np.ascontiguousarray(array.to_numpy(zero_copy_only=False)))

@@ -3,7 +3,7 @@
     <store>/<alias>-<fingerprint>/labelset.json
                                  /view=0/<shard>/chunk-00042.a0.parquet      or, compacted,  .../<shard>/all.parquet
 
-That a chunk file exists is its commit; of one chunk's files the highest attempt wins, and `all.parquet` before an equal attempt.
+That a chunk file exists is its commit; which file of a chunk counts, `layout` says.
 """
 
 from __future__ import annotations
@@ -12,28 +12,30 @@ import base64
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from vkd.errors import LabelsMismatch, LabelsMissing, StorageError, VkdError
 from vkd.rounds import Chunk
-from vkd.schema import LABELLED, REJECTED, STATUS, Columns, TensorType
-from vkd.store import chunkfile, encodings, files
+from vkd.schema import EXAMPLE_ID, LABELLED, REJECT_STAGE, STATUS, Columns, TensorType
+from vkd.store import chunkfile, encodings, files, layout
 from vkd.store.chunkfile import ChunkInfo, ChunkRows, LabelSetSpec, Reject
+from vkd.store.layout import ALL, DOCUMENT, ShardFiles, Source
 
-__all__ = ["ChunkRows", "LabelSet", "LabelSetSpec", "Reject", "Summary", "VerifyReport", "verify_files"]
+__all__ = ["DOCUMENT", "ChunkRows", "LabelSet", "LabelSetSpec", "Reject", "Summary"]
 
-DOCUMENT, ALL = "labelset.json", "all.parquet"
 MIN_PROBE_COSINE = 0.999
+LISTINGS = 3  # how often a shard that changes meanwhile is listed again
 NUM_READERS = 16  # concurrent footer reads: they wait for storage, not for a core
-_CHUNK_NAME = re.compile(r"chunk-(\d{5,})\.a(\d+)\.parquet")
-_VIEW_NAME = re.compile(r"view=(\d+)")
+FORGET = "forget"  # the stage of rows that were taken down: they are never labelled again
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -44,29 +46,6 @@ class Summary:
     num_labelled: int
     num_rejected: int
     rejects: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What a check of every planned chunk found; `corrupt` holds one message per unusable file."""
-
-    num_planned: int
-    num_labelled: int
-    num_rejected: int
-    lacking: list[Chunk]
-    corrupt: list[str]
-
-    @property
-    def ok(self) -> bool:
-        return not self.lacking and not self.corrupt and self.num_planned == self.num_labelled + self.num_rejected
-
-
-class _Source(NamedTuple):
-    """Where a chunk lies: its attempt and the file in the shard's folder; stamp is size and time of a compacted file."""
-
-    attempt: int
-    name: str
-    stamp: chunkfile.Stamp | None = None
 
 
 class LabelSet:
@@ -131,10 +110,25 @@ class LabelSet:
         if num_rows is not None and len(rows.example_ids) != num_rows:
             what = f"a block of {len(rows.example_ids)} rows is not the chunk of {num_rows}"
             raise VkdError(what, where=f"{chunk.shard}/{chunk.index}", action="report this: one chunk must stay one block")
-        table = chunkfile.to_table(rows, self.spec)
-        info = chunkfile.info_of(table, chunk.index, attempt)
-        data = chunkfile.to_bytes([(info, table)], one_group_each=False)
-        files.put(files.join(self._folder(view, chunk.shard), _chunk_name(chunk.index, attempt)), data)
+        self._commit(view, chunk, chunkfile.to_table(rows, self.spec), attempt)
+
+    def amend(self, view: int, chunk: Chunk, rows: ChunkRows, redone: Sequence[int]) -> int:
+        """Commit the next attempt of a chunk, with the `redone` rows of `rows` and all others bit by bit as they are stored.
+
+        Returns the highest attempt. A stored label is not given up for a reject, and what was forgotten stays forgotten. Raises
+        LabelsMissing when the chunk was never committed.
+        """
+        attempt, stored = self._newest(view, chunk)
+        fresh = chunkfile.to_table(rows.only(redone), self.spec)
+        if stored[EXAMPLE_ID].to_pylist() != list(rows.example_ids):
+            raise VkdError("the rows are not those of the stored chunk", where=f"{chunk.shard}/{chunk.index}", action="report this")
+        was, now = stored[STATUS].to_pylist(), fresh[STATUS].to_pylist()
+        stages = stored[REJECT_STAGE].to_pylist()
+        replaced = [row for row in redone if stages[row] != FORGET and (now[row] == LABELLED or was[row] != LABELLED)]
+        if replaced:
+            attempt += 1
+            self._commit(view, chunk, chunkfile.replaced(stored, fresh, replaced), attempt)
+        return attempt
 
     def read(
         self, view: int, chunk: Chunk, columns: Sequence[str] | None = None, verify: bool = False, attempt: int | None = None
@@ -143,116 +137,106 @@ class LabelSet:
 
         An `attempt` from `committed` saves the listing. Raises LabelsMissing, and StorageError for a corrupt file.
         """
-        guess = None if attempt is None else _Source(attempt, _chunk_name(chunk.index, attempt))
-        for _ in range(3):  # a compaction may take a file away between listing and reading it
-            source = guess or self._sources(view, chunk.shard).get(chunk.index)
-            guess = None
-            if source is None:
-                break
+        guess = None if attempt is None else Source(attempt, layout.chunk_name(chunk.index, attempt))
+        if guess is not None:
             with suppress(FileNotFoundError):
-                return self._read(view, chunk, source, columns, verify)[1]
-        what = f"chunk {chunk.index} of shard {chunk.shard}, view {view} is not labelled"
-        raise LabelsMissing(what, where=self.uri, action="vkd label RUN")
+                return self._read(view, chunk, guess, columns, verify)[1]
+        return self._read_newest(view, chunk, columns, verify)[1]
 
     def committed(self, view: int) -> dict[Chunk, int]:
         """The highest attempt of every chunk that is there; one listing per shard (and the footer of a compacted one)."""
-        shards = files.list_names(files.join(self.uri, f"view={view}"))
-        return {Chunk(s, i): source.attempt for s in shards for i, source in sorted(self._sources(view, s).items())}
+        shards = layout.shards_of(self.uri, view)
+        return {Chunk(s, i): source.attempt for s in shards for i, source in sorted(self._listed(view, s).sources.items())}
 
     def missing(self, view: int, planned: Sequence[Chunk]) -> list[Chunk]:
         """The planned chunks that are not there, in planned order."""
-        there = {shard: self._sources(view, shard) for shard in {chunk.shard for chunk in planned}}
+        there = {shard: self._listed(view, shard).sources for shard in {chunk.shard for chunk in planned}}
         return [chunk for chunk in planned if chunk.index not in there[chunk.shard]]
 
     def views(self) -> list[int]:
         """Numbers of the views that have a folder."""
-        return sorted(int(found[1]) for name in files.list_names(self.uri) if (found := _VIEW_NAME.fullmatch(name)))
+        return layout.views_of(self.uri)
 
     def compact(self, view: int, shard: str, num_chunks: int) -> None:
         """Put the chunks of a complete shard in one file, then drop theirs; may be repeated after a crash or a new attempt.
 
         The file is made in memory; one process at a time per shard. Raises LabelsMissing when the shard is not complete.
         """
-        folder, sources = self._folder(view, shard), self._sources(view, shard)
-        lacking = [index for index in range(num_chunks) if index not in sources]
-        if lacking:
-            what = f"{len(lacking)} of {num_chunks} chunks lack, the first is {lacking[0]}"
-            raise LabelsMissing(what, where=folder, action="vkd label RUN, then compact")
-        if any(sources[index].name != ALL for index in range(num_chunks)):
-            parts = (self._read(view, Chunk(shard, index), sources[index], None, True) for index in range(num_chunks))
-            files.put(files.join(folder, ALL), chunkfile.to_bytes(parts, one_group_each=True))
-        for name in files.list_names(folder):
-            found = _CHUNK_NAME.fullmatch(name)
-            if found and int(found[1]) < num_chunks and int(found[2]) <= sources[int(found[1])].attempt:
-                files.delete(files.join(folder, name))
+        folder = layout.folder_of(self.uri, view, shard)
+
+        def put_together(listed: ShardFiles) -> None:
+            lacking = [index for index in range(num_chunks) if index not in listed.sources]
+            if lacking:
+                what = f"{len(lacking)} of {num_chunks} chunks lack, the first is {lacking[0]}"
+                raise LabelsMissing(what, where=folder, action="vkd label RUN, then compact")
+            if any(listed.sources[index].name != ALL for index in range(num_chunks)):
+                parts = (self._read(view, Chunk(shard, index), listed.sources[index], None, True) for index in range(num_chunks))
+                files.put(files.join(folder, ALL), chunkfile.to_bytes(parts, one_group_each=True))
+
+        self._settled(view, shard, put_together)
+        for name in self._listed(view, shard).superseded:
+            files.delete(files.join(folder, name))
 
     def summary(self, view: int) -> Summary:
         """Counts of one view, from footers only."""
-        shards = files.list_names(files.join(self.uri, f"view={view}"))
+        shards = layout.shards_of(self.uri, view)
         with ThreadPoolExecutor(NUM_READERS) as pool:
-            infos = [info for found in pool.map(lambda shard: self._infos(view, shard), shards) for info in found]
+            found = pool.map(lambda shard: self._settled(view, shard, partial(self._infos, view, shard)), shards)
+            infos = [info for of_shard in found for info in of_shard]
         rejects = sum((Counter(info.rejects) for info in infos), Counter[str]())
         num_rejected = sum(rejects.values())
         return Summary(len(infos), sum(info.num_rows for info in infos) - num_rejected, num_rejected, dict(sorted(rejects.items())))
 
     def newest_times(self, count: int = 200) -> list[float]:
         """When the newest chunk files were committed, ascending, in seconds since 1970."""
-        folders = [files.join(self.uri, f"view={view}") for view in self.views()]
-        shards = [files.join(folder, shard) for folder in folders for shard in files.list_names(folder)]
-        return sorted(time for folder in shards for name, _, time in files.list_infos(folder) if _CHUNK_NAME.fullmatch(name))[-count:]
+        folders = [layout.folder_of(self.uri, view, shard) for view in self.views() for shard in layout.shards_of(self.uri, view)]
+        return sorted(time for folder in folders for name, _, time in files.list_infos(folder) if layout.is_chunk(name))[-count:]
 
-    def _folder(self, view: int, shard: str) -> str:
-        return files.join(self.uri, f"view={view}", shard)
+    def _listed(self, view: int, shard: str) -> ShardFiles:
+        return layout.list_shard(layout.folder_of(self.uri, view, shard))
 
-    def _sources(self, view: int, shard: str) -> dict[int, _Source]:
-        """The winning file of each chunk of a shard."""
-        folder = self._folder(view, shard)
-        names, sources = files.list_names(folder), dict[int, _Source]()
-        if ALL in names:
-            stamp = next((size, time) for name, size, time in files.list_infos(folder) if name == ALL)
-            infos = chunkfile.infos(files.join(folder, ALL), stamp)
-            sources = {info.index: _Source(info.attempt, ALL, stamp) for info in infos}
-        for found in filter(None, map(_CHUNK_NAME.fullmatch, names)):
-            index, attempt = int(found[1]), int(found[2])
-            if index not in sources or attempt > sources[index].attempt:
-                sources[index] = _Source(attempt, found[0])
-        return sources
+    def _settled(self, view: int, shard: str, act: Callable[[ShardFiles], Result]) -> Result:
+        """What `act` gives for a listing of a shard; a file that is taken away meanwhile asks for another listing."""
+        for _ in range(LISTINGS):
+            with suppress(FileNotFoundError):
+                return act(self._listed(view, shard))
+        where, action = layout.folder_of(self.uri, view, shard), "let the other command on this store end, then run the same command again"
+        raise StorageError("files that are listed are gone", where=where, action=action)
 
-    def _read(self, view: int, chunk: Chunk, source: _Source, columns: Sequence[str] | None, verify: bool) -> tuple[ChunkInfo, pa.Table]:
-        uri = files.join(self._folder(view, chunk.shard), source.name)
+    def _read(self, view: int, chunk: Chunk, source: Source, columns: Sequence[str] | None, verify: bool) -> tuple[ChunkInfo, pa.Table]:
+        uri = files.join(layout.folder_of(self.uri, view, chunk.shard), source.name)
         return chunkfile.read(uri, chunk.index, columns, verify, source.stamp)
 
-    def _infos(self, view: int, shard: str) -> list[ChunkInfo]:
-        folder, sources = self._folder(view, shard), self._sources(view, shard)
-        found = [
-            info
-            for name, stamp in {(s.name, s.stamp) for s in sources.values()}
-            for info in chunkfile.infos(files.join(folder, name), stamp)
-        ]
-        return [info for info in found if sources[info.index].attempt == info.attempt]
+    def _read_newest(self, view: int, chunk: Chunk, columns: Sequence[str] | None, verify: bool) -> tuple[ChunkInfo, pa.Table]:
+        def read_listed(listed: ShardFiles) -> tuple[ChunkInfo, pa.Table]:
+            source = listed.sources.get(chunk.index)
+            if source is None:
+                what = f"chunk {chunk.index} of shard {chunk.shard}, view {view} is not labelled"
+                raise LabelsMissing(what, where=self.uri, action="vkd label RUN")
+            return self._read(view, chunk, source, columns, verify)
 
+        return self._settled(view, chunk.shard, read_listed)
 
-def verify_files(label_set: LabelSet, view: int, planned: Mapping[Chunk, int]) -> VerifyReport:
-    """Read every planned chunk (chunk -> rows) and check digest and row count: planned = labelled + rejected."""
-    lacking: list[Chunk] = []
-    corrupt: list[str] = []
-    statuses: Counter[str] = Counter()
-    for chunk, num_rows in planned.items():
-        try:
-            table = label_set.read(view, chunk, verify=True)
-        except LabelsMissing:
-            lacking.append(chunk)
-        except StorageError as error:
-            corrupt.append(str(error))
-        else:
-            statuses.update(table[STATUS].to_pylist())
-            if table.num_rows != num_rows:
-                corrupt.append(f"chunk {chunk.index} of shard {chunk.shard} has {table.num_rows} rows, the plan has {num_rows}")
-    return VerifyReport(sum(planned.values()), statuses[LABELLED], statuses[REJECTED], lacking, list(dict.fromkeys(corrupt)))
+    def _newest(self, view: int, chunk: Chunk) -> tuple[int, pa.Table]:
+        """The highest attempt and all of its rows. Asks for the next one by its name, since a listing may be late."""
+        info, table = self._read_newest(view, chunk, None, True)
+        while True:
+            try:
+                after = Source(info.attempt + 1, layout.chunk_name(chunk.index, info.attempt + 1))
+                info, table = self._read(view, chunk, after, None, True)
+            except FileNotFoundError:
+                return info.attempt, table
 
+    def _commit(self, view: int, chunk: Chunk, table: pa.Table, attempt: int) -> None:
+        data = chunkfile.to_bytes([(chunkfile.info_of(table, chunk.index, attempt), table)], one_group_each=False)
+        files.put(files.join(layout.folder_of(self.uri, view, chunk.shard), layout.chunk_name(chunk.index, attempt)), data)
 
-def _chunk_name(index: int, attempt: int) -> str:
-    return f"chunk-{index:05d}.a{attempt}.parquet"
+    def _infos(self, view: int, shard: str, listed: ShardFiles) -> list[ChunkInfo]:
+        folder, sources = layout.folder_of(self.uri, view, shard), listed.sources
+        found = [info for info in listed.compacted if sources[info.index].name == ALL]
+        for source in sources.values():
+            found += [] if source.name == ALL else chunkfile.infos(files.join(folder, source.name))
+        return found
 
 
 def _document(uri: str) -> dict[str, Any] | None:
