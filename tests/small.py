@@ -11,13 +11,14 @@ import av
 import numpy as np
 import yaml
 
-from vkd import planning, stages
+from vkd import planning, stages, worklist
 from vkd.feeding import Feeder, open_sets
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.run import Run, parse
 from vkd.schema import TRAIN, Columns
 from vkd.stages import ITEM, Job
 from vkd.store.labelset import LabelSet
+from vkd.worklist import Retry
 
 Tree = dict[str, Any]
 
@@ -59,21 +60,22 @@ def changed(run: Run, *overrides: str) -> Run:
     return parse(run.model_dump(mode="json"), overrides)
 
 
-def job_of(run: Run) -> Job:
-    """The labelling of what the store of a run lacks."""
+def job_of(run: Run, retry: Retry | None = None) -> Job:
+    """The labelling of what the store of a run lacks, or of rejects."""
     from vkd import labelling  # imports Ray, which takes seconds
 
     plan, teachers = Plan.of(run), planning.build_teachers(run.recipe.teachers)
     specs = planning.label_specs(run, teachers)
-    items = labelling.missing_items(run, specs, plan.chunks)
+    where = run.labels.store, run.data.views.count, specs, plan.chunks
+    items = worklist.missing_items(*where) if retry is None else worklist.retry_items(*where, retry)
     if FRAMES_ALIAS in specs:
         LabelSet.create(run.labels.store, specs[FRAMES_ALIAS], {}, stages.recorded(), {})
     return labelling._job(run, plan, specs, teachers, items)
 
 
-def label(run: Run) -> Job:
-    """Label what lacks, chunk by chunk in this process."""
-    job = job_of(run)
+def label(run: Run, retry: Retry | None = None) -> Job:
+    """Label what lacks, or rejects again, chunk by chunk in this process."""
+    job = job_of(run, retry)
     teach = {alias: stages.Teach(job, alias, 1, last=alias == list(job.teachers)[-1]) for alias in job.teachers}
     for number in range(len(job.items)):
         batch = decoded(job, number)

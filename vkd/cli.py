@@ -65,16 +65,21 @@ def label(
     run: RunFile,
     overrides: Overrides = None,
     limit: Annotated[str, typer.Option(help="A seeded sample of whole chunks, such as 1%.")] = "100%",
+    retry_rejects: Annotated[bool, typer.Option("--retry-rejects", help="Try again what was rejected and may pass now.")] = False,
+    reason: Annotated[str | None, typer.Option(help="With --retry-rejects: all rejects of this reason, and no others.")] = None,
     compact: Annotated[bool, typer.Option("--compact", help="Then put each complete shard's chunks into one file.")] = False,
     as_json: Json = False,
 ) -> None:
     """Let the teachers label every clip that the store lacks."""
     from vkd import pipeline
     from vkd.run import load_one
+    from vkd.worklist import Retry
 
     with _screen(as_json, run, overrides) as screen:
+        if reason is not None and not retry_rejects:
+            raise ConfigError("--reason says what --retry-rejects tries again", action="add --retry-rejects")
         fraction, loaded = _fraction(limit), load_one(run, overrides or [])
-        report = pipeline.label(loaded, screen, fraction)
+        report = pipeline.label(loaded, screen, fraction, Retry(reason) if retry_rejects else None)
         screen.close()
         screen.labels(report, loaded.labels.store)
         for name, measured in report.fidelity.items():

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ from vkd.errors import ConfigError, VkdError
 from vkd.run import Compute
 
 NO_PROGRESS_TIMEOUT_S = 900
+BUSY_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
 NATIVE_STDERR = 2
 ACTORS_OF_RAY = ("TrainController", "PlacementGroupCleaner")
@@ -156,12 +158,39 @@ def _cluster(compute: Compute, gpus: float, num_teachers: int) -> Resources:
     return Resources(compute.decode.workers, compute.decode.cpus or 1.0, actors, teacher_cpus, gpus_each, threads)
 
 
-def _check(asked: Resources, cpus: float, gpus: float, num_teachers: int) -> None:
+def wait_until_free(asked: Resources, num_teachers: int) -> None:
+    """Wait while others hold what one decode task and all actors need; nothing would say so later. Raises ConfigError after a minute."""
+    deadline_s, told = time.monotonic() + BUSY_S, False
+    while True:
+        free = ray.available_resources()
+        lacking = [
+            f"{need:g} {kind}, of which {free.get(kind.removesuffix('s'), 0.0):g} are free"
+            for kind, need, _ in _needs(asked, num_teachers)
+            if need > free.get(kind.removesuffix("s"), 0.0) + 1e-6
+        ]
+        if not lacking:
+            return
+        if time.monotonic() > deadline_s:
+            action = "wait for the job that holds them, or lower compute.teacher.actors"
+            raise ConfigError(f"the cluster is busy: labelling needs {' and '.join(lacking)}", where="compute", action=action)
+        if not told and deadline_s - time.monotonic() < BUSY_S - 5.0:
+            print(f"the cluster is busy: labelling needs {' and '.join(lacking)}; waiting for a minute", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.1)
+
+
+def _needs(asked: Resources, num_teachers: int) -> list[tuple[str, float, str]]:
+    """(kind, how many at least, the keys that say so)."""
     actors = asked.teacher_actors * num_teachers
-    for kind, need, have, keys in (
-        ("GPUs", actors * asked.teacher_gpus, gpus, "compute.teacher.gpus"),
-        ("CPUs", actors * asked.teacher_cpus + asked.decode_cpus, cpus, "compute.teacher.cpus or compute.decode.cpus"),
-    ):
+    return [
+        ("GPUs", actors * asked.teacher_gpus, "compute.teacher.gpus"),
+        ("CPUs", actors * asked.teacher_cpus + asked.decode_cpus, "compute.teacher.cpus or compute.decode.cpus"),
+    ]
+
+
+def _check(asked: Resources, cpus: float, gpus: float, num_teachers: int) -> None:
+    for kind, need, keys in _needs(asked, num_teachers):
+        have = gpus if kind == "GPUs" else cpus
         if need > have + 1e-6:
             what, action = f"labelling needs at least {need:g} {kind}, the cluster has {have:g}", f"lower compute.teacher.actors, {keys}"
             raise ConfigError(what, where="compute", action=action)

@@ -55,7 +55,8 @@ class Screen:
         rejected = "".join(f", {count} rejected ({kind})" for kind, count in report.rejected.most_common())
         speed = report.done / max(report.wall_s, 1e-9)
         done = report.present + report.done
-        self._show(f"label: {done} of {report.planned} clips{rejected}, {speed:.1f}/s", done, report.planned)
+        beside = f", beside {report.other_drivers} other drivers" if report.other_drivers else ""
+        self._show(f"label: {done} of {report.planned} clips{rejected}, {speed:.1f}/s{beside}", done, report.planned)
 
     def trained(self, report: RoundReport) -> None:
         losses = "  ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
@@ -79,8 +80,10 @@ class Screen:
         """What a labelling did."""
         before = f", {report.present} there before" if report.present else ""
         speed = f" in {report.wall_s:.1f} s" if report.done else ""
-        counts = f"{report.labelled} labelled, {report.rejected.total()} rejected of {report.planned} clips"
-        self.line(f"labels: {counts}{before}{speed} -> {store}")
+        others = f", {report.elsewhere} by other drivers" if report.elsewhere else ""
+        reasons = ", ".join(f"{count} {kind}" for kind, count in report.rejected.most_common())
+        rejected = f"{report.rejected.total()} rejected{f' ({reasons})' if reasons else ''}"
+        self.line(f"labels: {report.labelled} labelled, {rejected} of {report.planned} clips{before}{others}{speed} -> {store}")
 
     def student(self, report: TrainReport) -> None:
         """What a training did."""

@@ -17,18 +17,19 @@ from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask, TaskPoolS
 from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
 
-from vkd import cluster, planning, stages, status
+from vkd import cluster, planning, stages, status, worklist
 from vkd.clips import ViewPolicy, assign_splits
-from vkd.errors import LabelsMissing, ManifestError, VkdError
+from vkd.errors import ConfigError, ManifestError, VideoError, VkdError
 from vkd.manifest import Manifest
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.run import Compute, Run
-from vkd.schema import FRAMES, Columns
+from vkd.schema import FRAMES, URI, Columns
 from vkd.stages import ITEM, STATS, Item, Job
-from vkd.store import files
+from vkd.store import files, leases
 from vkd.store.labelset import LabelSet, LabelSetSpec
 from vkd.teachers.base import Teacher
+from vkd.worklist import Retry
 
 MAX_RETRIES = 3  # Ray's own default is without end
 
@@ -39,6 +40,8 @@ class LabelReport:
 
     planned: int = 0
     present: int = 0
+    elsewhere: int = 0  # labelled by other drivers meanwhile
+    other_drivers: int = 0
     labelled: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     wall_s: float = 0.0
@@ -48,11 +51,12 @@ class LabelReport:
 
     @property
     def done(self) -> int:
-        return self.labelled + self.rejected.total()
+        return self.labelled + self.rejected.total() + self.elsewhere
 
     def add(self, stats: Mapping[str, Any]) -> None:
         """Count one chunk."""
         self.labelled += stats["labelled"]
+        self.elsewhere += stats["elsewhere"]
         self.rejected.update(stats["rejected"])
         self.decode_s += stats["decode_s"]
         self.teach_s.update(stats["teach_s"])
@@ -60,8 +64,8 @@ class LabelReport:
             self.fidelity[name] = _worst(self.fidelity.get(name, measured), measured)
 
 
-def label(run: Run, chunks: Sequence[Chunk], progress: Callable[[LabelReport], None]) -> LabelReport:
-    """Label what the store lacks of these chunks; the same call after any crash goes on where it stopped.
+def label(run: Run, chunks: Sequence[Chunk], progress: Callable[[LabelReport], None], retry: Retry | None = None) -> LabelReport:
+    """Label what the store lacks of these chunks, and what `retry` wants; the same call after any crash goes on where it stopped.
 
     Nothing is started when nothing lacks. Raises ManifestError when more than `data.max_reject_fraction` is rejected.
     """
@@ -70,17 +74,23 @@ def label(run: Run, chunks: Sequence[Chunk], progress: Callable[[LabelReport], N
     teachers = planning.build_teachers(run.recipe.teachers)
     specs = planning.label_specs(run, teachers)
     _refuse_early(run, plan, teachers)
-    items = missing_items(run, specs, chunks)
-    report = LabelReport(planned=sum(plan.examples(c).num_rows for c in chunks) * run.data.views.count)
-    todo = sum(plan.examples(item.chunk).num_rows for item in items)
-    report.present = report.planned - todo
+    store, num_views = run.labels.store, run.data.views.count
+    items = worklist.missing_items(store, num_views, specs, chunks)
+    items += [] if retry is None else worklist.retry_items(store, num_views, specs, chunks, retry)
+    report = LabelReport(planned=sum(plan.examples(c).num_rows for c in chunks) * num_views)
+    report.present = report.planned - sum(worklist.num_rows(plan, item) for item in items)
     if items:
         for spec in specs.values():
-            status.note_planned(files.join(run.labels.store, spec.name), report.planned // run.data.views.count)
-        job = _job(run, plan, specs, teachers, items)
+            status.note_planned(files.join(store, spec.name), report.planned // num_views)
         if FRAMES_ALIAS in specs:
-            LabelSet.create(run.labels.store, specs[FRAMES_ALIAS], {}, stages.recorded(), {})
-        with cluster.session(run.compute), cluster.worker_errors():
+            LabelSet.create(store, specs[FRAMES_ALIAS], {}, stages.recorded(), {})
+        with (
+            leases.held(files.join(store, next(iter(specs.values())).name)) as others,
+            cluster.session(run.compute),
+            cluster.worker_errors(),
+        ):
+            report.other_drivers = others
+            job = _job(run, plan, specs, teachers, leases.in_turn(items, others))
             for stats in _execute(job, run.compute):
                 report.add(stats)
                 report.wall_s = time.monotonic() - started_s
@@ -112,26 +122,14 @@ def _refuse_early(run: Run, plan: Plan, teachers: Mapping[str, Teacher]) -> None
         rejects = Manifest.load(run.data.manifest).rejects().to_pylist()
         why = f"; {len(rejects)} are rejected, the first because {rejects[0]['message']}" if rejects else ""
         raise ManifestError(f"no usable video{why}", where=run.data.manifest, action="mend the source, or name another one")
-    assign_splits(plan.examples(plan.chunks[0]), run.data.split)
-    run.recipe.distiller({alias: teacher.emits for alias, teacher in teachers.items()}, len(plan.classes()))
-
-
-def missing_items(run: Run, specs: Mapping[str, LabelSetSpec], chunks: Sequence[Chunk]) -> list[Item]:
-    """What the store lacks, view by view in plan order; needs only listings."""
-    items = []
-    for view in range(run.data.views.count):
-        missing = {alias: _missing(run.labels.store, spec, view, chunks) for alias, spec in specs.items()}
-        for chunk in chunks:
-            if lacks := tuple(alias for alias in specs if chunk in missing[alias]):
-                items.append(Item(view, chunk, lacks))
-    return items
-
-
-def _missing(store: str, spec: LabelSetSpec, view: int, chunks: Sequence[Chunk]) -> set[Chunk]:
+    first = plan.examples(plan.chunks[0])
     try:
-        return set(LabelSet.open(store, spec).missing(view, chunks))
-    except LabelsMissing:
-        return set(chunks)
+        run.data.access.resolve(first[URI][0].as_py())
+    except VideoError as error:
+        if error.kind == "not_allowed":
+            raise ConfigError(error.what, where=error.where, action="add its folder to data.allow") from error
+    assign_splits(first, run.data.split)
+    run.recipe.distiller({alias: teacher.emits for alias, teacher in teachers.items()}, len(plan.classes()))
 
 
 def _job(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec], teachers: Mapping[str, Teacher], items: Sequence[Item]) -> Job:
@@ -148,6 +146,7 @@ def _execute(job: Job, compute: Compute) -> Iterator[dict[str, Any]]:
     """The labelling execution; yields the statistics of each chunk as it is committed."""
     aliases = list(job.teachers)
     asked = cluster.resources(compute, len(aliases))
+    cluster.wait_until_free(asked, len(aliases))
     workers = asked.decode_workers or int(ray.cluster_resources()["CPU"])
     frame_bytes = sum(s.num_frames * s.size_px**2 * 3 for s in job.decoding.samplings) * job.plan.chunk_size
     cluster.labelling_context(frame_bytes * 4 * (workers + asked.teacher_actors * len(aliases)))

@@ -15,6 +15,7 @@ from vkd.run import Run
 from vkd.store import files
 from vkd.training import TrainReport
 from vkd.video.decode import check_decoder
+from vkd.worklist import Retry
 
 
 class Watcher(Protocol):
@@ -26,14 +27,14 @@ class Watcher(Protocol):
     def trained(self, report: RoundReport) -> None: ...
 
 
-def label(run: Run, watch: Watcher, fraction: float = 1.0) -> LabelReport:
-    """Label what the store lacks of the run's clips, or of a seeded sample of its chunks."""
+def label(run: Run, watch: Watcher, fraction: float = 1.0, retry: Retry | None = None) -> LabelReport:
+    """Label what the store lacks of the run's clips, or of a seeded sample of its chunks; `retry` says which rejects again."""
     check_decoder()
     planning.student_sampling(run)  # a student that cannot be built is told now, not after hours of labelling
     build_manifest(run, watch)
     watch.stage("label")
     chunks = Plan.of(run).sample(fraction, run.data.views.seed)
-    return labelling.label(run, chunks, watch.labelled)
+    return labelling.label(run, chunks, watch.labelled, retry)
 
 
 def compact(run: Run) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from vkd import planning, schema
 from vkd.clips import Clip, ViewPolicy
-from vkd.errors import TeacherError, VideoError
+from vkd.errors import LabelsMissing, TeacherError, VideoError
 from vkd.models import ModelSpec
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
@@ -26,14 +26,16 @@ from vkd.video import guard
 from vkd.video.settings import Settings
 
 ITEM, REJECT, STATS = "item", "reject", "stats"
+KEPT = Reject("retry", "kept", "not rejected before: stays as it is", permanent=True)  # marks a row, is never committed
 
 
 class Item(NamedTuple):
-    """One view of one chunk, and the label sets that lack it."""
+    """One view of one chunk, and the label sets that lack it; or, in `redo`, each set's rejected rows that get another try."""
 
     view: int
     chunk: Chunk
     lacks: tuple[str, ...]
+    redo: Mapping[str, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,28 +56,53 @@ def decode(job: Job, batch: Columns) -> Columns:
     """Decode one chunk once for all samplings; a video that cannot be used becomes rejected rows."""
     (number,) = batch[ITEM].tolist()
     item, started_s = job.items[number], time.process_time()
+    lacks = still_lacking(job, item)
     examples = job.plan.examples(item.chunk).select([schema.EXAMPLE_ID, schema.URI, schema.START_S, schema.END_S]).to_pylist()
-    frames = [np.zeros((len(examples), s.num_frames, s.size_px, s.size_px, 3), np.uint8) for s in job.decoding.samplings]
-    rejects: dict[int, Reject] = {}
-    clips = [clip_of(example, job.views, item.view) for example in examples]
+    if not lacks:  # another driver was faster: one row tells the next stages so
+        examples = examples[:1]
     before_s = guard.here(job.decoding).cpu_s
-    for row, decoded in enumerate(decode_or_reject(clips, job.decoding)):
-        if isinstance(decoded, Reject):
-            rejects[row] = decoded
-            continue
-        for column, clip in zip(frames, decoded, strict=True):
-            column[row] = clip
-    columns = {f"{FRAMES}.{i}": column for i, column in enumerate(frames)}
-    if FRAMES_ALIAS in item.lacks:
+    columns, rejects = _decoded(job, item, examples if lacks else [])
+    if FRAMES_ALIAS in lacks:
         kept = {FRAMES_ALIAS: columns[job.column[FRAMES_ALIAS]]}
         _commit(LabelSet.open(job.store, job.specs[FRAMES_ALIAS]), item, examples, rejects, kept)
     decode_s = time.process_time() - started_s + guard.here(job.decoding).cpu_s - before_s
-    stats = {"decode_s": decode_s, "teach_s": {}, "fidelity": {}}
+    stats = {"lacks": lacks, "decode_s": decode_s, "teach_s": {}, "fidelity": {}}
     return columns | {
         ITEM: np.full(len(examples), number),
         REJECT: np.array([json.dumps(asdict(rejects[i])) if i in rejects else "" for i in range(len(examples))]),
         STATS: np.array([json.dumps(stats)] * len(examples)),
     }
+
+
+def still_lacking(job: Job, item: Item) -> list[str]:
+    """The label sets that lack the item now: another driver may have been faster."""
+    if item.redo is not None:
+        return list(item.lacks)
+    sets = {alias: _opened(job.store, job.specs[alias]) for alias in item.lacks}
+    return [alias for alias, label_set in sets.items() if label_set is None or label_set.missing(item.view, [item.chunk])]
+
+
+def _opened(store: str, spec: LabelSetSpec) -> LabelSet | None:
+    try:
+        return LabelSet.open(store, spec)
+    except LabelsMissing:  # its teacher makes it
+        return None
+
+
+def _decoded(job: Job, item: Item, examples: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndarray], dict[int, Reject]]:
+    """Frames of each sampling, zeros where a row is rejected or stays as it is."""
+    num_rows = max(1, len(examples))
+    frames = [np.zeros((num_rows, s.num_frames, s.size_px, s.size_px, 3), np.uint8) for s in job.decoding.samplings]
+    rows = range(len(examples)) if item.redo is None else sorted({row for redone in item.redo.values() for row in redone})
+    rejects = dict.fromkeys(set(range(len(examples))) - set(rows), KEPT)
+    clips = [clip_of(examples[row], job.views, item.view) for row in rows]
+    for row, decoded in zip(rows, decode_or_reject(clips, job.decoding), strict=True):
+        if isinstance(decoded, Reject):
+            rejects[row] = decoded
+            continue
+        for column, clip in zip(frames, decoded, strict=True):
+            column[row] = clip
+    return {f"{FRAMES}.{i}": column for i, column in enumerate(frames)}, rejects
 
 
 def decode_or_reject(clips: Sequence[Clip], settings: Settings) -> Iterator[list[np.ndarray] | Reject]:
@@ -119,7 +146,7 @@ class Teach:
         item = self.job.items[int(batch[ITEM][0])]
         stats = json.loads(batch[STATS][0])
         rejects = {row: Reject(**json.loads(text)) for row, text in enumerate(batch[REJECT].tolist()) if text}
-        if self.alias in item.lacks:
+        if self.alias in stats["lacks"]:
             started_s = time.process_time()
             examples = self.job.plan.examples(item.chunk).select([schema.EXAMPLE_ID]).to_pylist()
             labels, rejects = self._labels(batch[self.job.column[self.alias]], rejects)
@@ -128,8 +155,9 @@ class Teach:
             stats["fidelity"] |= self._fidelity(labels, rejects)
         if not self.last:
             return batch | {STATS: np.array([json.dumps(stats)] * len(batch[ITEM]))}
-        stats["rejected"] = Counter(reject.kind for reject in rejects.values())
-        stats["labelled"] = len(batch[ITEM]) - len(rejects)
+        stats["rejected"] = Counter(reject.kind for reject in rejects.values() if reject != KEPT)
+        stats["labelled"] = len(batch[ITEM]) - len(rejects) if stats["lacks"] else 0
+        stats["elsewhere"] = 0 if stats["lacks"] else self.job.plan.examples(item.chunk).num_rows
         return {STATS: np.array([json.dumps(stats)])}
 
     def _labels(self, frames: np.ndarray, rejects: Mapping[int, Reject]) -> tuple[dict[str, np.ndarray], dict[int, Reject]]:
@@ -166,7 +194,10 @@ class Teach:
 
 def _commit(label_set: LabelSet, item: Item, examples: Sequence[Mapping[str, Any]], rejects: Mapping[int, Reject], labels: Columns) -> None:
     rows = ChunkRows([example[schema.EXAMPLE_ID] for example in examples], rejects, labels)
-    label_set.write(item.view, item.chunk, rows, num_rows=len(examples))
+    if item.redo is None:
+        label_set.write(item.view, item.chunk, rows, num_rows=len(examples))
+    else:
+        label_set.amend(item.view, item.chunk, rows, item.redo[label_set.spec.alias])
 
 
 def recorded() -> dict[str, str]:

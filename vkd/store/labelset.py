@@ -179,13 +179,14 @@ class LabelSet:
 
     def summary(self, view: int) -> Summary:
         """Counts of one view, from footers only."""
-        shards = layout.shards_of(self.uri, view)
-        with ThreadPoolExecutor(NUM_READERS) as pool:
-            found = pool.map(lambda shard: self._settled(view, shard, partial(self._infos, view, shard)), shards)
-            infos = [info for of_shard in found for info in of_shard]
+        infos = [info for _, info in self._facts(view)]
         rejects = sum((Counter(info.rejects) for info in infos), Counter[str]())
         num_rejected = sum(rejects.values())
         return Summary(len(infos), sum(info.num_rows for info in infos) - num_rejected, num_rejected, dict(sorted(rejects.items())))
+
+    def rejecting(self, view: int) -> set[Chunk]:
+        """The chunks that have rejects, from footers only."""
+        return {chunk for chunk, info in self._facts(view) if info.rejects}
 
     def newest_times(self, count: int = 200) -> list[float]:
         """When the newest chunk files were committed, ascending, in seconds since 1970."""
@@ -230,6 +231,12 @@ class LabelSet:
     def _commit(self, view: int, chunk: Chunk, table: pa.Table, attempt: int) -> None:
         data = chunkfile.to_bytes([(chunkfile.info_of(table, chunk.index, attempt), table)], one_group_each=False)
         files.put(files.join(layout.folder_of(self.uri, view, chunk.shard), layout.chunk_name(chunk.index, attempt)), data)
+
+    def _facts(self, view: int) -> list[tuple[Chunk, ChunkInfo]]:
+        shards = layout.shards_of(self.uri, view)
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            found = pool.map(lambda shard: self._settled(view, shard, partial(self._infos, view, shard)), shards)
+            return [(Chunk(shard, info.index), info) for shard, infos in zip(shards, found, strict=True) for info in infos]
 
     def _infos(self, view: int, shard: str, listed: ShardFiles) -> list[ChunkInfo]:
         folder, sources = layout.folder_of(self.uri, view, shard), listed.sources

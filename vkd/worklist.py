@@ -1,0 +1,75 @@
+"""What a labelling has to do: chunks that the store lacks, and rejected examples that get another try. Needs listings only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vkd import schema
+from vkd.errors import LabelsMissing
+from vkd.planning import Plan
+from vkd.rounds import Chunk
+from vkd.stages import Item
+from vkd.store.labelset import FORGET, LabelSet, LabelSetSpec
+
+REJECT_COLUMNS = (schema.REJECT_STAGE, schema.REJECT_KIND, schema.REJECT_PERMANENT)
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Which rejects get another try: those of one kind, or all that another try can help."""
+
+    reason: str | None = None
+
+    def wants(self, reject: Mapping[str, object]) -> bool:
+        if reject[schema.REJECT_STAGE] in (None, FORGET):
+            return False
+        if self.reason is not None:
+            return bool(reject[schema.REJECT_KIND] == self.reason)
+        return not reject[schema.REJECT_PERMANENT]
+
+
+def missing_items(store: str, num_views: int, specs: Mapping[str, LabelSetSpec], chunks: Sequence[Chunk]) -> list[Item]:
+    """What the store lacks, view by view in plan order."""
+    items = []
+    for view in range(num_views):
+        missing = {alias: _missing(store, spec, view, chunks) for alias, spec in specs.items()}
+        for chunk in chunks:
+            if lacks := tuple(alias for alias in specs if chunk in missing[alias]):
+                items.append(Item(view, chunk, lacks))
+    return items
+
+
+def retry_items(store: str, num_views: int, specs: Mapping[str, LabelSetSpec], chunks: Sequence[Chunk], retry: Retry) -> list[Item]:
+    """Chunks with rejects that get another try, and their rows in each set; footers tell which chunks need a look."""
+    sets = {alias: LabelSet.open(store, spec) for alias, spec in specs.items() if _exists(store, spec)}
+    items = []
+    for view in range(num_views):
+        suspects = {alias: label_set.rejecting(view) for alias, label_set in sets.items()}
+        for chunk in chunks:
+            rows = {alias: _rows(sets[alias], view, chunk, retry) for alias in sets if chunk in suspects[alias]}
+            if redo := {alias: found for alias, found in rows.items() if found}:
+                items.append(Item(view, chunk, tuple(redo), redo))
+    return items
+
+
+def num_rows(plan: Plan, item: Item) -> int:
+    """Examples of a chunk that an item is about."""
+    return len({row for rows in item.redo.values() for row in rows}) if item.redo else plan.examples(item.chunk).num_rows
+
+
+def _missing(store: str, spec: LabelSetSpec, view: int, chunks: Sequence[Chunk]) -> set[Chunk]:
+    return set(LabelSet.open(store, spec).missing(view, chunks)) if _exists(store, spec) else set(chunks)
+
+
+def _exists(store: str, spec: LabelSetSpec) -> bool:
+    try:
+        LabelSet.open(store, spec)
+    except LabelsMissing:
+        return False
+    return True
+
+
+def _rows(label_set: LabelSet, view: int, chunk: Chunk, retry: Retry) -> tuple[int, ...]:
+    rejects = label_set.read(view, chunk, REJECT_COLUMNS).select(REJECT_COLUMNS).to_pylist()
+    return tuple(row for row, reject in enumerate(rejects) if retry.wants(reject))
