@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from vkd.errors import StorageError
 from vkd.store import files
@@ -33,6 +34,42 @@ def test_what_is_put_is_read_whole_or_in_ranges(folder: str) -> None:
     assert files.read(place, start=-400) == b"0123456789"
     files.put(place, b"")
     assert files.read(place) == b""
+
+
+def test_the_first_of_two_new_files_stays(folder: str) -> None:
+    place = files.join(folder, "sub", "file")
+    assert files.put(place, b"first", new=True)
+    assert not files.put(place, b"second", new=True)
+    assert files.read(place) == b"first"
+    assert files.list_names(files.join(folder, "sub")) == ["file"]
+    assert files.put(place, b"third")
+    assert files.read(place) == b"third"
+
+
+def test_a_new_file_where_links_are_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert files.put(str(tmp_path / "file"), b"first", new=True)
+    assert not files.put(str(tmp_path / "file"), b"second", new=True)
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("answer", [errno.EINVAL, errno.ENOSYS])
+def test_a_new_object_where_conditions_are_unknown(monkeypatch: pytest.MonkeyPatch, answer: int) -> None:
+    place, pipe_file = f"memory://{uuid.uuid4().hex}/file", MemoryFileSystem.pipe_file
+
+    def picky(self: MemoryFileSystem, path: str, value: bytes, mode: str = "overwrite") -> None:
+        if mode == "create":
+            raise OSError(answer, os.strerror(answer))
+        pipe_file(self, path, value)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", picky)
+    assert files.put(place, b"first", new=True)
+    assert not files.put(place, b"second", new=True)
+    assert files.read(place) == b"first"
 
 
 def test_names_and_infos_are_sorted_and_leave_temporary_files_out(folder: str) -> None:

@@ -76,18 +76,18 @@ def join(root: str, *parts: str) -> str:
 
 
 @_patient
-def put(uri: str, data: bytes) -> None:
-    """Write a whole file so that readers see all of it or nothing.
+def put(uri: str, data: bytes, *, new: bool = False) -> bool:
+    """Write a whole file so that readers see all of it or nothing; with `new`, only when there is none. Whether it was written.
 
-    Locally: a temporary name in the same folder, fsync, rename. On object stores: one PUT.
+    Locally: a temporary name in the same folder, fsync, rename, or link when `new`. On object stores: one PUT, conditional when
+    `new`; a server that knows no conditions overwrites.
     """
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
         try:
-            fs.pipe_file(path, data)
+            return _put_object(fs, path, data, new)
         except FileNotFoundError as error:
             raise StorageError(str(error), where=uri, action="make the bucket, or name another place") from error
-        return
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}{TEMPORARY}")
@@ -96,11 +96,43 @@ def put(uri: str, data: bytes) -> None:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
+        if new:
+            return _link(temporary, path)
         os.replace(temporary, path)
-    except BaseException:
+        return True
+    finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
-        raise
+
+
+def _link(temporary: str, path: str) -> bool:
+    """Give a finished file a second name; False when that is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if os.path.exists(path):  # a file system without links
+            return False
+        os.replace(temporary, path)
+    return True
+
+
+def _put_object(fs: fsspec.AbstractFileSystem, path: str, data: bytes, new: bool) -> bool:
+    try:
+        fs.pipe_file(path, data, **({"mode": "create"} if new else {}))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if not new or error.errno not in (errno.EINVAL, errno.ENOSYS):  # how servers refuse a condition, or say that it failed
+            raise
+        fs.invalidate_cache()
+        if fs.exists(path):
+            return False
+        fs.pipe_file(path, data)
+    return True
 
 
 @_patient

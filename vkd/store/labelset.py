@@ -8,11 +8,9 @@ That a chunk file exists is its commit; which file of a chunk counts, `layout` s
 
 from __future__ import annotations
 
-import base64
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ import pyarrow as pa
 from vkd.errors import LabelsMismatch, LabelsMissing, StorageError, VkdError
 from vkd.rounds import Chunk
 from vkd.schema import EXAMPLE_ID, LABELLED, REJECT_STAGE, STATUS, Columns, TensorType
-from vkd.store import chunkfile, encodings, files, layout
+from vkd.store import chunkfile, document, encodings, files, layout
 from vkd.store.chunkfile import ChunkInfo, ChunkRows, LabelSetSpec, Reject
 from vkd.store.layout import ALL, DOCUMENT, ShardFiles, Source
 
@@ -51,26 +49,24 @@ class Summary:
 class LabelSet:
     """One folder of the store. Holds no state but what labelset.json says, so it may be sent to other processes."""
 
-    def __init__(self, uri: str, document: Mapping[str, Any]) -> None:
+    def __init__(self, uri: str, told: Mapping[str, Any]) -> None:
         self.uri = uri
-        tensors = {name: TensorType(t["dtype"], tuple(t["shape"])) for name, t in document["tensors"].items()}
-        self.spec = LabelSetSpec(document["alias"], document["fields"], tensors, document["encodings"])
-        self.recorded: Mapping[str, Any] = document["recorded"]
-        self.fidelity: Mapping[str, Any] = document["fidelity"]
-        self.probe = {name: _array_of(told) for name, told in document["probe"].items()}
+        tensors = {name: TensorType(t["dtype"], tuple(t["shape"])) for name, t in told["tensors"].items()}
+        self.spec = LabelSetSpec(told["alias"], told["fields"], tensors, told["encodings"])
+        self.recorded: Mapping[str, Any] = told["recorded"]
+        self.fidelity: Mapping[str, Any] = told["fidelity"]
+        self.probe = {name: document.array_of(array) for name, array in told["probe"].items()}
 
     @classmethod
     def create(cls, store: str, spec: LabelSetSpec, probe: Columns, recorded: Mapping[str, Any], fidelity: Mapping[str, Any]) -> LabelSet:
         """The set of a spec, made when absent. Raises LabelsMismatch when the one there has other fields or another probe."""
         uri = files.join(store, spec.name)
-        document = _document(uri)
-        if document is None:
-            told = {name: _told(value) for name, value in probe.items()}
-            document = {"alias": spec.alias, "fingerprint": spec.fingerprint, **spec.hashed}
-            document |= {"recorded": dict(recorded), "fidelity": dict(fidelity), "probe": told}
-            files.put(files.join(uri, DOCUMENT), json.dumps(document, indent=1, default=str).encode())
-        _check_fields(uri, document, spec)
-        label_set = cls(uri, document)
+        if document.load(uri) is None:
+            told: dict[str, Any] = {"alias": spec.alias, "fingerprint": spec.fingerprint, **spec.hashed}
+            told |= {"recorded": dict(recorded), "fidelity": dict(fidelity)}
+            told["probe"] = {name: document.told(value) for name, value in probe.items()}
+            files.put(files.join(uri, DOCUMENT), json.dumps(told, indent=1, default=str).encode(), new=True)  # the first one's probe stays
+        label_set = cls.open(store, spec)
         label_set.check_probe(probe)
         return label_set
 
@@ -78,24 +74,24 @@ class LabelSet:
     def open(cls, store: str, spec: LabelSetSpec) -> LabelSet:
         """The set of a spec. Raises LabelsMissing, which names what differs in the nearest set of the same alias."""
         uri = files.join(store, spec.name)
-        document = _document(uri)
-        if document is None:
-            raise LabelsMissing(f"no labels {spec.name}{_nearest(store, spec)}", where=store, action="vkd label RUN")
-        _check_fields(uri, document, spec)
-        return cls(uri, document)
+        told = document.load(uri)
+        if told is None:
+            raise LabelsMissing(f"no labels {spec.name}{document.nearest(store, spec)}", where=store, action="vkd label RUN")
+        document.check_fields(uri, told, spec)
+        return cls(uri, told)
 
     @classmethod
     def at(cls, uri: str) -> LabelSet:
         """The set in a folder, whatever its fields. Raises LabelsMissing when the folder holds none."""
-        document = _document(uri.rstrip("/"))
-        if document is None:
+        told = document.load(uri.rstrip("/"))
+        if told is None:
             raise LabelsMissing("no label set here", where=uri, action="vkd label RUN, or name a folder with labelset.json")
-        return cls(uri.rstrip("/"), document)
+        return cls(uri.rstrip("/"), told)
 
     def check_probe(self, outputs: Columns) -> None:
         """Compare a teacher's output on the probe with the set's own. Raises LabelsMismatch under a cosine of 0.999."""
         for name in sorted(set(self.probe) | set(outputs)):
-            theirs, ours = self.probe.get(name), None if name not in outputs else _flat(outputs[name])
+            theirs, ours = self.probe.get(name), None if name not in outputs else document.flat(outputs[name])
             same_shape = theirs is not None and ours is not None and theirs.shape == ours.shape
             found = encodings.cosine(np.float64(theirs).ravel(), np.float64(ours).ravel()) if same_shape else float("nan")
             if not found >= MIN_PROBE_COSINE:
@@ -105,12 +101,15 @@ class LabelSet:
                     action="this machine's teacher computes something else: mend its files or precision, or label into another store",
                 )
 
-    def write(self, view: int, chunk: Chunk, rows: ChunkRows, attempt: int = 0, num_rows: int | None = None) -> None:
-        """Commit one chunk. `num_rows` is what the plan says: another count means that a block was cut, and is refused."""
+    def write(self, view: int, chunk: Chunk, rows: ChunkRows, attempt: int = 0, num_rows: int | None = None) -> bool:
+        """Commit one chunk, unless another writer was first: whether it did.
+
+        `num_rows` is what the plan says: another count means that a block was cut, and is refused.
+        """
         if num_rows is not None and len(rows.example_ids) != num_rows:
             what = f"a block of {len(rows.example_ids)} rows is not the chunk of {num_rows}"
             raise VkdError(what, where=f"{chunk.shard}/{chunk.index}", action="report this: one chunk must stay one block")
-        self._commit(view, chunk, chunkfile.to_table(rows, self.spec), attempt)
+        return self._commit(view, chunk, chunkfile.to_table(rows, self.spec), attempt)
 
     def amend(self, view: int, chunk: Chunk, rows: ChunkRows, redone: Sequence[int]) -> int:
         """Commit the next attempt of a chunk, with the `redone` rows of `rows` and all others bit by bit as they are stored.
@@ -118,17 +117,31 @@ class LabelSet:
         Returns the highest attempt. A stored label is not given up for a reject, and what was forgotten stays forgotten. Raises
         LabelsMissing when the chunk was never committed.
         """
-        attempt, stored = self._newest(view, chunk)
         fresh = chunkfile.to_table(rows.only(redone), self.spec)
-        if stored[EXAMPLE_ID].to_pylist() != list(rows.example_ids):
-            raise VkdError("the rows are not those of the stored chunk", where=f"{chunk.shard}/{chunk.index}", action="report this")
-        was, now = stored[STATUS].to_pylist(), fresh[STATUS].to_pylist()
-        stages = stored[REJECT_STAGE].to_pylist()
-        replaced = [row for row in redone if stages[row] != FORGET and (now[row] == LABELLED or was[row] != LABELLED)]
-        if replaced:
-            attempt += 1
-            self._commit(view, chunk, chunkfile.replaced(stored, fresh, replaced), attempt)
-        return attempt
+        now = fresh[STATUS].to_pylist()
+
+        def better(stored: pa.Table) -> list[int]:
+            if stored[EXAMPLE_ID].to_pylist() != list(rows.example_ids):
+                raise VkdError("the rows are not those of the stored chunk", where=f"{chunk.shard}/{chunk.index}", action="report this")
+            was, stages = stored[STATUS].to_pylist(), stored[REJECT_STAGE].to_pylist()
+            return [row for row in redone if stages[row] != FORGET and (now[row] == LABELLED or was[row] != LABELLED)]
+
+        return self._replace(view, chunk, fresh, better)
+
+    def forget(self, view: int, chunk: Chunk, example_ids: Collection[str]) -> int:
+        """Commit the next attempt of a chunk with these examples rejected for good, and return the highest attempt.
+
+        The earlier attempts stay until they are deleted. Raises LabelsMissing when the chunk was never committed.
+        """
+        ids = self.read(view, chunk, ())[EXAMPLE_ID].to_pylist()
+        gone = Reject(FORGET, "forgotten", "taken down with vkd labels forget", True)
+        fresh = chunkfile.to_table(ChunkRows(ids, dict.fromkeys(range(len(ids)), gone), {}), self.spec)
+
+        def remaining(stored: pa.Table) -> list[int]:
+            stages = stored[REJECT_STAGE].to_pylist()
+            return [row for row, example_id in enumerate(ids) if example_id in example_ids and stages[row] != FORGET]
+
+        return self._replace(view, chunk, fresh, remaining)
 
     def read(
         self, view: int, chunk: Chunk, columns: Sequence[str] | None = None, verify: bool = False, attempt: int | None = None
@@ -228,9 +241,20 @@ class LabelSet:
             except FileNotFoundError:
                 return info.attempt, table
 
-    def _commit(self, view: int, chunk: Chunk, table: pa.Table, attempt: int) -> None:
+    def _replace(self, view: int, chunk: Chunk, fresh: pa.Table, choose: Callable[[pa.Table], list[int]]) -> int:
+        """Commit the next attempt with the rows of `fresh` that `choose` names for the stored table; nothing when it names none."""
+        while True:
+            attempt, stored = self._newest(view, chunk)
+            rows = choose(stored)
+            if not rows:
+                return attempt
+            if self._commit(view, chunk, chunkfile.replaced(stored, fresh, rows), attempt + 1):
+                return attempt + 1  # else another writer was faster: once more, upon its rows
+
+    def _commit(self, view: int, chunk: Chunk, table: pa.Table, attempt: int) -> bool:
         data = chunkfile.to_bytes([(chunkfile.info_of(table, chunk.index, attempt), table)], one_group_each=False)
-        files.put(files.join(layout.folder_of(self.uri, view, chunk.shard), layout.chunk_name(chunk.index, attempt)), data)
+        where = files.join(layout.folder_of(self.uri, view, chunk.shard), layout.chunk_name(chunk.index, attempt))
+        return files.put(where, data, new=True)
 
     def _facts(self, view: int) -> list[tuple[Chunk, ChunkInfo]]:
         shards = layout.shards_of(self.uri, view)
@@ -244,45 +268,3 @@ class LabelSet:
         for source in sources.values():
             found += [] if source.name == ALL else chunkfile.infos(files.join(folder, source.name))
         return found
-
-
-def _document(uri: str) -> dict[str, Any] | None:
-    """labelset.json of a folder; None when there is none."""
-    where = files.join(uri, DOCUMENT)
-    try:
-        document: dict[str, Any] = json.loads(files.read(where))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise StorageError(f"not JSON: {error}", where=where, action="restore this file or delete its folder") from error
-    return document
-
-
-def _check_fields(uri: str, document: Mapping[str, Any], spec: LabelSetSpec) -> None:
-    differences = spec.differences(document)
-    if differences:
-        action = "use another store, or restore its labelset.json"
-        raise LabelsMismatch(f"the labels differ in {differences[0]}", where=uri, action=action)
-
-
-def _nearest(store: str, spec: LabelSetSpec) -> str:
-    """What to add to `no labels` when sets of the same alias are there: the nearest one and its first difference."""
-    names = [name for name in files.list_names(store) if re.fullmatch(re.escape(spec.alias) + "-[0-9a-f]{12}", name)]
-    others = [(name, spec.differences(document)) for name in names if (document := _document(files.join(store, name)))]
-    others = sorted((pair for pair in others if pair[1]), key=lambda pair: len(pair[1]))
-    return f"; the store has {others[0][0]}, which differs in {others[0][1][0]}" if others else ""
-
-
-def _flat(value: Any) -> np.ndarray:
-    """Float32 values of a probe output; the rows of a ragged one are joined."""
-    rows = list(value) if isinstance(value, list) or value.dtype == object else None
-    return np.asarray(value if rows is None else np.concatenate(rows), np.float32)
-
-
-def _told(value: Any) -> dict[str, Any]:
-    array = np.ascontiguousarray(_flat(value))
-    return {"shape": list(array.shape), "float32_base64": base64.b64encode(array.tobytes()).decode()}
-
-
-def _array_of(told: Mapping[str, Any]) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(told["float32_base64"]), np.float32).reshape(told["shape"])
