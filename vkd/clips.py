@@ -16,6 +16,7 @@ from vkd import schema
 from vkd.errors import ManifestError
 
 Decoding = Literal["exact", "keyframe"]
+MAX_DURATION_S = 7 * 86400.0  # of one video; what claims more is taken for damage
 
 
 class _Config(BaseModel):
@@ -41,9 +42,10 @@ class ClipPlan(_Config):
     def spans_s(self, duration_s: float | None) -> list[tuple[float, float | None]]:
         """(start, end) of each clip in seconds; end None means the end of the video.
 
-        A video shorter than one window gives one clip, all of it.
+        A video shorter than one window gives one clip, all of it; so does an impossible duration, and decoding rejects that.
         """
-        if self.plan == "whole" or (self.plan == "count" and self.count == 1):
+        impossible = duration_s is not None and not 0 <= duration_s <= MAX_DURATION_S
+        if self.plan == "whole" or (self.plan == "count" and self.count == 1) or impossible:
             return [(0.0, duration_s)]
         if duration_s is None:
             raise ManifestError(f"clips.plan {self.plan} needs duration_s", action="vkd manifest SOURCE OUT --probe header")

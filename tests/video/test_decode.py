@@ -15,7 +15,7 @@ from PIL import Image
 
 from vkd.clips import Clip, Sampling, View, ViewPolicy
 from vkd.errors import ConfigError, StorageError, VideoError
-from vkd.video import decode
+from vkd.video import container, decode
 from vkd.video.access import Access
 from vkd.video.container import VideoInfo
 from vkd.video.decode import decode_clip, probe, probe_full
@@ -236,7 +236,7 @@ def test_what_a_truncated_file_holds_is_still_read(bad_files: dict[str, tuple[Pa
 
 
 def test_too_large_frames_are_refused_from_the_header(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "MAX_FRAME_PX", 96 * 64 - 1)
+    monkeypatch.setattr(container, "MAX_FRAME_PX", 96 * 64 - 1)
     for backend in BACKENDS:
         with pytest.raises(VideoError) as caught:
             indices(clips["cfr.mp4"], Sampling(size_px=64), backend)

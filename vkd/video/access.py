@@ -13,6 +13,9 @@ from vkd.errors import VideoError
 from vkd.video.sources import PACKAGE, resolve_uri
 
 MAX_INLINE_BYTES = 64 << 20
+MAX_URI_CHARS = 4096
+# others of fsspec's file systems reach local files (local://, dir://, generic://) or unpack what they are given
+REMOTE = {"s3", "s3a", "gs", "gcs", "http", "https", "abfs", "abfss", "adl", "az", "oss", "oci", "hf", "hdfs", "webhdfs", "ftp", "sftp", "memory"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,15 @@ class Access:
         """A local path, or a remote uri. Raises VideoError `not_allowed` for a place that the run does not permit."""
         if "::" in uri:
             raise VideoError("not_allowed", "a chained uri could open anything", where=uri)
+        if "\0" in uri or len(uri) > MAX_URI_CHARS:
+            raise VideoError("missing", "no file can have such a name", where=uri[:MAX_URI_CHARS])
         path = resolve_uri(uri)
-        if self.allow is None or "://" in path:
+        if "://" in path:
+            if self.allow is not None and path.partition("://")[0] not in REMOTE:
+                raise VideoError("unknown_protocol", f"videos are read from {', '.join(sorted(REMOTE))} and local files", where=uri)
+            return path
+        path = os.path.abspath(path)  # fsspec takes file:x and ~ at the start of a path for more than names
+        if self.allow is None:
             return path
         package = uri.removeprefix(PACKAGE).partition("/")[0]
         roots = (resolve_uri(PACKAGE + package),) if uri.startswith(PACKAGE) else self.allow

@@ -21,7 +21,7 @@ from vkd.clips import Clip, View
 from vkd.errors import StorageError, VideoError
 from vkd.video.access import METER
 from vkd.video.decode import decode_clip, probe, probe_full
-from vkd.video.settings import NUM_SLOTS, Settings
+from vkd.video.settings import NUM_SLOTS, OUT_OF_MEMORY, Settings
 
 PR_SET_PDEATHSIG = 1
 MAX_STDERR_BYTES = 1 << 20
@@ -70,6 +70,8 @@ class Child:
         try:
             answer = work()
         except VideoError as error:
+            if error.kind == "out_of_memory":  # an earlier video may have taken it: a fresh child tells
+                raise MemoryError from error
             answer = {"kind": error.kind, "what": error.what[:MAX_WHAT_CHARS], "permanent": error.permanent}
         except StorageError as error:
             answer = {"storage": error.what[:MAX_WHAT_CHARS], "action": error.action, "passing": error.passing}
@@ -106,6 +108,8 @@ def main() -> None:
         Child(Connection(int(connection_fd)), int(memory_fd), told).serve()
     except (EOFError, ConnectionError):  # the guard has gone
         sys.exit()
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
 
 
 if __name__ == "__main__":

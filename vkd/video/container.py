@@ -18,6 +18,8 @@ from vkd.errors import VideoError
 
 EPSILON_S = 1e-6
 TRUNCATED_S = 0.5  # a header may promise this much more than the file holds
+MAX_SIDE_PX, MAX_FRAME_PX = 8192, 2**26
+MAX_PTS = 2**62
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Video:
 
     def __init__(self, container: Any, stream: Any, uri: str, decoder_error: type[Exception]) -> None:
         self.container, self.stream, self.uri, self.decoder_error = container, stream, uri, decoder_error
+        if not stream.time_base:
+            raise VideoError("decode_error", "the video stream has no time base", where=uri)
         self.tick_s = float(stream.time_base)
         self.damage = ""  # the decoder's words about the place where reading stopped before the end
         first = next((p for p in container.demux(stream) if pts_of(p) is not None and not p.is_discard), None)
@@ -58,11 +62,11 @@ class Video:
     def seek(self, time_s: float) -> None:
         """To the keyframe at or before a time, as far as the container knows."""
         self.damage = ""
-        target_pts = self.origin_pts + round(time_s / self.tick_s)
+        target_pts = max(-MAX_PTS, min(self.origin_pts + round(time_s / self.tick_s), MAX_PTS))
         if time_s <= 0:
             # transport streams seek by decode time, which for the first frame lies before its presentation
             with suppress(self.decoder_error):
-                self.container.seek(target_pts - round(10 / self.tick_s), stream=self.stream, backward=True)
+                self.container.seek(max(-MAX_PTS, target_pts - round(10 / self.tick_s)), stream=self.stream, backward=True)
                 return
         self.container.seek(target_pts, stream=self.stream, backward=True)
 
@@ -71,18 +75,23 @@ class Video:
         try:
             yield from (packet for packet in self.container.demux(self.stream) if packet.size)
         except self.decoder_error as error:
-            self.damage = words(error)
+            self.damage = told(error, self.uri)
 
     def frames(self) -> Iterator[Any]:
         """Decoded frames from here on; a damaged place is the end, after what the decoder still holds."""
         context = self.stream.codec_context
         try:
             for packet in self.packets():
-                yield from context.decode(packet)
+                yield from (self.checked(frame) for frame in context.decode(packet))
         except self.decoder_error as error:
-            self.damage = words(error)
+            self.damage = told(error, self.uri)
         with suppress(self.decoder_error):
-            yield from context.decode(None)
+            yield from (self.checked(frame) for frame in context.decode(None))
+
+    def checked(self, frame: Any) -> Any:
+        """The frame. Raises `too_large`: a stream may hold larger frames than its header says."""
+        refuse_large(frame.width, frame.height, self.uri)
+        return frame
 
     def frames_from(self, time_s: float) -> tuple[Iterator[Any], Any]:
         """Frames from the keyframe at or before a time on, and the first of them.
@@ -157,11 +166,11 @@ class Video:
 
     def _declared_s(self) -> float | None:
         origin_s = self.origin_pts * self.tick_s
-        clock = self.stream.metadata.get("DURATION", "").split(":")  # Matroska, counted from zero
+        clock = re.match(r"(\d+):(\d+):(\d+\.?\d*)", self.stream.metadata.get("DURATION", ""))  # Matroska, counted from zero
         if self.stream.duration:
             return float(self.stream.duration * self.tick_s)
-        if len(clock) == 3:
-            return int(clock[0]) * 3600 + int(clock[1]) * 60 + float(clock[2]) - origin_s
+        if clock:
+            return float(clock[1]) * 3600 + float(clock[2]) * 60 + float(clock[3]) - origin_s
         if self.container.duration:
             return float(self.container.duration / 1e6) - (origin_s if "matroska" in self.container.format.name else 0.0)
         return None
@@ -170,6 +179,19 @@ class Video:
 def pts_of(packet_or_frame: Any) -> int | None:
     pts: int | None = packet_or_frame.dts if packet_or_frame.pts is None else packet_or_frame.pts
     return pts
+
+
+def refuse_large(width_px: int, height_px: int, uri: str) -> None:
+    """Raises `too_large` for frames that nobody films and that would fill the memory."""
+    if max(width_px, height_px) > MAX_SIDE_PX or width_px * height_px > MAX_FRAME_PX:
+        raise VideoError("too_large", f"frames of {width_px} x {height_px} px", where=uri)
+
+
+def told(error: BaseException, uri: str) -> str:
+    """The decoder's words of damage. Raises `out_of_memory` when the file may be whole."""
+    if isinstance(error, MemoryError):
+        raise VideoError("out_of_memory", words(error), where=uri) from error
+    return words(error)
 
 
 def words(error: BaseException) -> str:

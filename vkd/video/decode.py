@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,15 +17,15 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from vkd.clips import Clip, Sampling, View
+from vkd.clips import MAX_DURATION_S, Clip, Sampling, View
 from vkd.errors import ConfigError, VideoError
 from vkd.video import fetch
 from vkd.video.access import Access
-from vkd.video.container import EPSILON_S, Video, VideoInfo, words
+from vkd.video.container import EPSILON_S, Video, VideoInfo, refuse_large, told, words
 
 Frame = UInt8[np.ndarray, "height width 3"]
 
-MAX_SIDE_PX, MAX_FRAME_PX = 8192, 2**26
+MAX_S_PER_BYTE = 1.0  # of a video that is longer than its file can tell of
 BLIND_SEEK_S = 2.0  # without an index, a seek over less than this is not tried
 # Playlists and scripts are left out: they would make FFmpeg open other files and hosts.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,obu,h264,hevc,m4v,gif,mxf,nut,rm,yuv4mpegpipe,mp3,wav,flac,aac"
@@ -44,13 +45,16 @@ def check_decoder() -> None:
 def probe(uri: str, access: Access = fetch.EVERYTHING) -> VideoInfo:
     """The header of a video, and of its first frame the rotation, which PyAV shows nowhere else."""
     with fetch.opened(uri, access) as source, _video(source, uri) as video:
-        return _info(video)
+        info = _info(video)
+        _refuse_endless(info.duration_s, source, uri)
+        return info
 
 
 def probe_full(uri: str, access: Access = fetch.EVERYTHING) -> VideoInfo:
     """The same with the true number of frames and duration: decodes all of it. Raises `truncated` when not all is there."""
     with fetch.opened(uri, access) as source, _video(source, uri) as video:
         info, num_frames, end_s = _info(video), 0, 0.0
+        _refuse_endless(info.duration_s, source, uri)
         video.seek(0.0)
         for frame in video.frames():
             num_frames, end_s = num_frames + 1, max(end_s, video.end_s(frame))
@@ -67,8 +71,11 @@ def decode_clip(
     """
     if backend not in ("auto", "decord", "pyav"):
         raise ConfigError(f"unknown decoder {backend!r}", action="use one of auto, decord, pyav")
+    _refuse_span(clip)
     with fetch.opened(clip.uri, access) as source, _video(source, clip.uri) as video:
-        end_s = video.duration_s() if clip.end_s is None else clip.end_s
+        end_s = clip.end_s
+        if end_s is None:
+            _refuse_endless(end_s := video.duration_s(), source, clip.uri)
         times = {sampling: sampling.timestamps_s(clip.start_s, end_s, clip.key) for sampling in samplings}
         union = np.unique(np.concatenate(list(times.values()))) if times else np.zeros(0)
         # decord reads all of a file object into memory
@@ -123,7 +130,7 @@ def _video(source: str | BinaryIO, uri: str) -> Iterator[Video]:
     try:
         container = av.open(source, metadata_errors="ignore", container_options={"format_whitelist": CONTAINERS})
     except av.FFmpegError as error:
-        raise VideoError("not_a_video", words(error), where=uri) from error
+        raise VideoError("not_a_video", told(error, uri), where=uri) from error
     with container:
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:
@@ -132,14 +139,30 @@ def _video(source: str | BinaryIO, uri: str) -> Iterator[Video]:
         stream = best if best in streams else streams[0]
         if stream.codec_context is None:
             raise VideoError("decode_error", "there is no decoder for its codec", where=uri)
-        width_px, height_px = stream.codec_context.width, stream.codec_context.height
-        if max(width_px, height_px) > MAX_SIDE_PX or width_px * height_px > MAX_FRAME_PX:
-            raise VideoError("too_large", f"frames of {width_px} x {height_px} px", where=uri)
+        refuse_large(stream.codec_context.width, stream.codec_context.height, uri)
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
         try:
             yield Video(container, stream, uri, av.FFmpegError)
         except av.FFmpegError as error:
-            raise VideoError("decode_error", words(error), where=uri) from error
+            raise VideoError("decode_error", told(error, uri), where=uri) from error
+
+
+def _refuse_span(clip: Clip) -> None:
+    """Raises `bad_span` for a clip that no video has: a manifest may say anything."""
+    if not all(abs(time_s) <= MAX_DURATION_S for time_s in (clip.start_s, clip.end_s or 0.0)):
+        raise VideoError("bad_span", f"no video has a clip from {clip.start_s} to {clip.end_s} s", where=clip.uri)
+
+
+def _refuse_endless(duration_s: float | None, source: str | BinaryIO, uri: str) -> None:
+    """Raises `bad_duration`: who plans clips would take a header at its word, and make millions of a few bytes."""
+    if isinstance(source, str):
+        num_bytes = os.path.getsize(source)
+    else:
+        place = source.tell()  # PyAV's, who does not look again
+        num_bytes = source.seek(0, os.SEEK_END)
+        source.seek(place)
+    if duration_s is not None and not -1.0 <= duration_s <= min(num_bytes * MAX_S_PER_BYTE, MAX_DURATION_S):
+        raise VideoError("bad_duration", f"the header says {duration_s:.4g} s, the file has {num_bytes} bytes", where=uri)
 
 
 def _info(video: Video) -> VideoInfo:
@@ -198,7 +221,7 @@ def _pyav_keyframes(video: Video, times_s: Float[np.ndarray, " times"]) -> Itera
             frames = context.decode(packet) + context.decode(None)
             if not frames:
                 raise VideoError("truncated", "a keyframe cannot be decoded", where=video.uri)
-            frame, key_s = frames[0], video.start_s(packet)
+            frame, key_s = video.checked(frames[0]), video.start_s(packet)
         yield frame
 
 

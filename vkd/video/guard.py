@@ -5,41 +5,25 @@ One guard belongs to one thread. Frames come through shared memory, several clip
 
 from __future__ import annotations
 
-import json
-import mmap
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from multiprocessing.connection import Connection
-from socket import socketpair
 from typing import Any
-
-import numpy as np
 
 from vkd.clips import Clip
 from vkd.errors import StorageError, VideoError, VkdError
 from vkd.store import files
 from vkd.video.container import VideoInfo
-from vkd.video.settings import CLOCK_BYTES, MAX_DEADLINE_S, NUM_SLOTS, Settings, Views
+from vkd.video.process import ChildEnded, Process
+from vkd.video.settings import MAX_DEADLINE_S, NUM_SLOTS, Settings, Views
 
 CHILD = "vkd.video.child"
 MAX_CLIPS = 1000  # of one child: decoders leak
-STARTUP_S = 60.0
-MAX_ANSWER_BYTES = 1 << 20
+MAX_REQUEST_CLIPS = 64  # sent at once
 MAX_STARTS = 3
-MAX_KILLED = 2  # tries of a clip whose child somebody else killed
-
-
-class ChildEnded(VideoError):
-    """The child died of a clip, or had to be killed. Kinds: `deadline`, `out_of_memory`, `crash`, `killed` (by somebody else)."""
+MAX_AGAIN = 2  # more tries when a child ended that the video may not have harmed
 
 
 class Guard:
@@ -48,7 +32,7 @@ class Guard:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.cpu_s, self.attempts = 0.0, 0
-        self._child: _Child | None = None
+        self._child: Process | None = None
 
     def decode(self, clips: Sequence[Clip]) -> Iterator[Views | VideoError]:
         """Frames of each clip, in order, or why it cannot be used. Raises StorageError when storage stays away.
@@ -59,7 +43,7 @@ class Guard:
         while done < len(clips):
             self.attempts = 1
             try:
-                for answer in self._answers(clips[done:], self.settings.backend):
+                for answer in self._answers(clips[done : done + MAX_REQUEST_CLIPS], self.settings.backend):
                     yield answer
                     done += 1
             except ChildEnded as ended:
@@ -75,9 +59,18 @@ class Guard:
 
         def once() -> VideoInfo:
             with self._request({"op": op, "uri": uri}) as child:
-                answer = child.answer(deadline_s, uri)
-            return VideoInfo(**self._told(answer, uri)["info"])
+                told = self._told(child.answer(deadline_s, uri), uri)
+                try:
+                    return VideoInfo(**told["info"])
+                except (KeyError, TypeError) as error:
+                    raise ChildEnded("crash", "the decoder's process answered what is no answer", where=uri) from error
 
+        for _ in range(MAX_AGAIN):
+            try:
+                return files.patiently(once, uri)
+            except ChildEnded as ended:
+                if ended.alone and ended.kind != "killed":
+                    raise
         return files.patiently(once, uri)
 
     def close(self) -> None:
@@ -103,10 +96,15 @@ class Guard:
                 yield views
 
     def _again(self, clip: Clip, ended: ChildEnded) -> Views | VideoError:
-        """The second try; a child that somebody else killed says nothing about the clip, which is then tried as before."""
-        for _ in range(MAX_KILLED if ended.kind == "killed" else self.settings.num_tries - 1):
+        """More tries: by PyAV when the decoder may be chosen, as before when the video may not be what ended the child."""
+        if ended.kind == "killed":
+            backends = [self.settings.backend] * MAX_AGAIN
+        elif self.settings.backend == "auto":
+            backends = ["pyav"]
+        else:
+            backends = [] if ended.alone or ended.kind == "deadline" else [self.settings.backend]
+        for backend in backends:
             self.attempts += 1
-            backend = self.settings.backend if ended.kind == "killed" else "pyav"
             try:
                 return files.patiently(partial(self._answer, clip, backend), clip.uri)
             except ChildEnded as error:
@@ -124,9 +122,9 @@ class Guard:
         return answer
 
     @contextmanager
-    def _request(self, message: Mapping[str, Any]) -> Iterator[_Child]:
+    def _request(self, message: Mapping[str, Any]) -> Iterator[Process]:
         """A child at work on a request; one that was left in the middle of it is of no more use."""
-        if self._child is not None and (self._child.num_clips >= MAX_CLIPS or not self._child.alive):
+        if self._child is not None and (self._child.num_answers > MAX_CLIPS or not self._child.alive):
             self.close()
         self._child = child = self._child or _started(self.settings)
         try:
@@ -138,7 +136,7 @@ class Guard:
 
     def _told(self, answer: dict[str, Any], uri: str) -> dict[str, Any]:
         """The answer of a request that went well. Raises what the child says went wrong."""
-        self.cpu_s += answer["cpu_s"]
+        self.cpu_s += answer.get("cpu_s", 0.0)
         if "storage" in answer:
             raise StorageError(answer["storage"], where=uri, action=answer["action"], passing=answer["passing"])
         if "kind" in answer:
@@ -146,103 +144,11 @@ class Guard:
         return answer
 
 
-class _Child:
-    """The process, its connection, and the memory that both see."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.num_clips = 0
-        num_bytes = CLOCK_BYTES + NUM_SLOTS * settings.slot_bytes
-        memory_fd = os.memfd_create("vkd-frames")
-        os.ftruncate(memory_fd, num_bytes)
-        self.memory = mmap.mmap(memory_fd, num_bytes)
-        self._clock = np.frombuffer(self.memory, np.float64, 2)
-        ours, theirs = socketpair()
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the child
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", CHILD, str(theirs.fileno()), str(memory_fd), str(os.getpid()), settings.to_json()],
-            pass_fds=(theirs.fileno(), memory_fd),
-            stdin=subprocess.DEVNULL,
-            stdout=self.stderr,
-            stderr=self.stderr,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
-        )
-        theirs.close()
-        os.close(memory_fd)
-        self.connection = Connection(ours.detach())
-        try:
-            self.answer(STARTUP_S, "")  # it says that it is ready
-        except ChildEnded:
-            self.kill()
-            raise
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def say(self, message: Mapping[str, Any]) -> None:
-        try:
-            self.connection.send_bytes(json.dumps(message).encode())
-        except OSError:  # it has ended: the answer, which does not come, says of what
-            return
-
-    def answer(self, deadline_s: float, uri: str) -> dict[str, Any]:
-        """The next answer. Raises ChildEnded; a deadline that storage takes is a StorageError."""
-        started_s, waited_s = time.monotonic(), float(self._clock[0])
-        self.num_clips += 1
-        while True:
-            now_s, since_s = time.monotonic(), float(self._clock[1])
-            waiting_s = float(self._clock[0]) - waited_s + (now_s - since_s if since_s else 0.0)
-            left_s = deadline_s - (now_s - started_s - waiting_s)
-            if left_s <= 0:
-                self.kill()
-                raise ChildEnded("deadline", f"not decoded within {now_s - started_s:.1f} s", where=uri, permanent=False)
-            if self._has_answered(min(left_s, 1.0)):
-                break
-        try:
-            told: dict[str, Any] = json.loads(self.connection.recv_bytes(MAX_ANSWER_BYTES))
-        except (EOFError, OSError, ValueError):
-            raise self._ended(uri) from None
-        return told
-
-    def _has_answered(self, timeout_s: float) -> bool:
-        try:
-            return self.connection.poll(timeout_s)
-        except OSError:
-            return True  # reading tells
-
-    def _ended(self, uri: str) -> ChildEnded:
-        """Why the child is gone."""
-        if not self._exits():
-            self.process.kill()
-        code = self.process.wait()
-        self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - 2000))
-        words = " ".join(self.stderr.read().decode(errors="replace").split())[-200:]
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if "bad_alloc" in words or "MemoryError" in words or "Cannot allocate memory" in words:
-            return ChildEnded("out_of_memory", f"the decoder needs more memory than it may have: {words}", where=uri)
-        if code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
-            return ChildEnded("killed", f"the decoder was ended from outside by {name}", where=uri, permanent=False)
-        return ChildEnded("crash", f"the decoder ended by {name}{': ' if words else ''}{words}", where=uri)
-
-    def _exits(self) -> bool:
-        try:
-            self.process.wait(5.0)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-        self.stderr.close()
-
-
-def _started(settings: Settings) -> _Child:
+def _started(settings: Settings) -> Process:
     """A child that is ready. Raises VkdError when none starts: that is no video's fault."""
     for _ in range(MAX_STARTS):
         try:
-            return _Child(settings)
+            return Process(settings, CHILD)
         except ChildEnded as error:
             why = error.what
     raise VkdError(f"the decoder's process does not start: {why}", where="compute.decode", action="mend the installation, or report this")

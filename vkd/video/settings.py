@@ -16,6 +16,7 @@ NUM_SLOTS = 4  # clips that the child may be ahead
 CLOCK_BYTES = 64  # before the slots: the two float64 of the child's METER.clock
 MAX_DEADLINE_S = 3600.0
 MIN_MEMORY_BYTES = 512 << 20  # Python and the decoders themselves
+OUT_OF_MEMORY = 12  # the child's exit code
 Views = list[np.ndarray]  # one array a sampling: uint8 [num_frames, size, size, 3]
 
 
