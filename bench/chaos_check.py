@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vkd.schema import EXAMPLE_ID, LABELLED, REJECTED, STATUS
 from vkd.stages import ITEM, Item
 from vkd.store.encodings import cosine, decode
 from vkd.store.labelset import LabelSet
+from vkd.teaching import Teach
 
 
 def counts(run: Run) -> dict[str, int]:
@@ -40,15 +42,20 @@ def counts(run: Run) -> dict[str, int]:
     }
 
 
-def compared(run: Run, store: Path, num_threads: int) -> dict[str, Any]:
-    """Every chunk made again by the same functions in this process: how many are equal to the bit, and the lowest cosine."""
+def compared(run: Run, store: Path, num_threads: int, count: int) -> dict[str, Any]:
+    """Chunks (all, or a sample of `count`) made again in this process by the functions that workers call.
+
+    How many are equal to the bit, and the lowest cosine.
+    """
     plan, teachers = Plan.of(run), planning.build_teachers(run.recipe.teachers)
     specs, old = planning.label_specs(run, teachers), sets_of(run)
     here = run.model_copy(update={"labels": run.labels.model_copy(update={"store": str(store)})})
     items = [Item(view, chunk, tuple(specs)) for view in range(run.data.views.count) for chunk in plan.chunks]
+    random.Random(0).shuffle(items)
+    items = items[: count or None]
     job = labelling._job(here, plan, specs, teachers, items)
     LabelSet.create(str(store), specs["frames"], {}, {}, {})
-    teach = stages.Teach(job, "teacher", num_threads, last=True)
+    teach = Teach(job, "teacher", num_threads, last=True)
     new = sets_of(here)
     equal, lowest = Counter[str](), 1.0
     for number, item in enumerate(items):

@@ -9,11 +9,13 @@ before all kills were made, one more view is asked for.
 
 `redone` counts chunk files of the labels and of the kept frames that were written again, as a poller sees them by inode and time
 of change: work that was thrown away before its commit leaves no file and is not counted. `bound` is the number of chunks that
-the execution lets be in flight, times the kills. In the end every chunk is made again in this process, without Ray, and compared.
+the execution lets be in flight, times the kills. In the end every chunk (or the first `--compare` ones of a seeded
+order) is made again in this process, without Ray, and compared.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import shutil
 import statistics
@@ -221,28 +223,28 @@ class Chaos:
 
 
 def main() -> None:
-    options = arguments("vkd label under fire", kills=50, seed=0, clips="wagon", keep=0)
+    options = arguments("vkd label under fire", kills=50, seed=0, clips="wagon", compare=0, keep=0)
     folder = Path(tempfile.mkdtemp(prefix="vkd-chaos-"))
     try:
-        finish(chaos(folder, options.kills, options.seed, corpus() / options.clips), options.json)
+        finish(chaos(folder, options), options.json)
     finally:
         if not options.keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def chaos(folder: Path, num_kills: int, seed: int, clips: Path) -> dict[str, Any]:
+def chaos(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Label under fire, then check every chunk."""
-    build(str(clips), str(folder / "manifest"), BuildOptions(chunk_size=8))
+    build(str(corpus() / options.clips), str(folder / "manifest"), BuildOptions(chunk_size=8))
     run_file, store = folder / "run.yaml", folder / "labels"
     run_file.write_text(yaml.safe_dump(tree_of(folder)))
     started_s = time.monotonic()
     cluster, commits = Cluster(folder), Commits(store)
     driver = Driver(cluster, run_file, folder / "driver.log")
-    trial = Chaos(cluster, driver, commits, seed)
+    trial = Chaos(cluster, driver, commits, options.seed)
     try:
         cluster.start()
         commits.start()
-        trial.run(num_kills)
+        trial.run(options.kills)
         trial.finish()
         commits.stop()
     finally:
@@ -250,7 +252,7 @@ def chaos(folder: Path, num_kills: int, seed: int, clips: Path) -> dict[str, Any
     fire_s = time.monotonic() - started_s
     run = run_files.parse(tree_of(folder), [f"data.views.count={driver.num_views}"])
     return {
-        "kills": num_kills,
+        "kills": options.kills,
         **{f"kills, {kind}": len(seconds) for kind, seconds in trial.recovery_s.items()},
         **{f"s to the next chunk, {kind}": statistics.median(seconds) for kind, seconds in trial.recovery_s.items()},
         "wall_s": fire_s,
@@ -263,8 +265,8 @@ def chaos(folder: Path, num_kills: int, seed: int, clips: Path) -> dict[str, Any
         "redone_by_set": dict(commits.rewritten),
         "redone_after": dict(trial.redone),
         "in_flight": IN_FLIGHT,
-        "bound": IN_FLIGHT * num_kills,
-        **compared(run, folder / "again", NUM_CPUS // TEACHER_ACTORS),
+        "bound": IN_FLIGHT * options.kills,
+        **compared(run, folder / "again", NUM_CPUS // TEACHER_ACTORS, options.compare),
     }
 
 

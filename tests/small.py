@@ -18,6 +18,7 @@ from vkd.run import Run, parse
 from vkd.schema import TRAIN, Columns
 from vkd.stages import ITEM, Job
 from vkd.store.labelset import LabelSet
+from vkd.teaching import Teach
 
 Tree = dict[str, Any]
 
@@ -74,7 +75,7 @@ def job_of(run: Run) -> Job:
 def label(run: Run) -> Job:
     """Label what lacks, chunk by chunk in this process."""
     job = job_of(run)
-    teach = {alias: stages.Teach(job, alias, 1, last=alias == list(job.teachers)[-1]) for alias in job.teachers}
+    teach = {alias: Teach(job, alias, 1, last=alias == list(job.teachers)[-1]) for alias in job.teachers}
     for number in range(len(job.items)):
         batch = decoded(job, number)
         for teacher in teach.values():

@@ -77,6 +77,7 @@ def label(
         report = pipeline.label(loaded, screen, fraction)
         screen.close()
         screen.labels(report, loaded.labels.store)
+        screen.statistics(report)
         for name, measured in report.fidelity.items():
             screen.line(f"  encoding of {name}: " + ", ".join(f"{k} {v:.6g}" for k, v in measured.items()))
         if compact:
