@@ -18,6 +18,7 @@ from vkd.run import Run, parse
 from vkd.schema import TRAIN, Columns
 from vkd.stages import ITEM, Job
 from vkd.store.labelset import LabelSet
+from vkd.teaching import Teach
 from vkd.worklist import Retry
 
 Tree = dict[str, Any]
@@ -76,7 +77,7 @@ def job_of(run: Run, retry: Retry | None = None) -> Job:
 def label(run: Run, retry: Retry | None = None) -> Job:
     """Label what lacks, or rejects again, chunk by chunk in this process."""
     job = job_of(run, retry)
-    teach = {alias: stages.Teach(job, alias, 1, last=alias == list(job.teachers)[-1]) for alias in job.teachers}
+    teach = {alias: Teach(job, alias, 1, last=alias == list(job.teachers)[-1]) for alias in job.teachers}
     for number in range(len(job.items)):
         batch = decoded(job, number)
         for teacher in teach.values():

@@ -19,9 +19,10 @@ from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.run import Run
 from vkd.schema import EXAMPLE_ID, FRAMES, LABELLED, REJECTED, STATUS, Columns
-from vkd.stages import ITEM, REJECT, STATS, Item, Job, Teach
+from vkd.stages import ITEM, REJECT, STATS, Item, Job
 from vkd.store.encodings import decode
 from vkd.store.labelset import LabelSet
+from vkd.teaching import Teach
 from vkd.video.decode import decode_clip
 from vkd.video.guard import Guard
 

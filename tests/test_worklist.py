@@ -19,6 +19,7 @@ from vkd.schema import LABELLED, REJECTED, STATUS
 from vkd.stages import STATS
 from vkd.store.encodings import decode
 from vkd.store.labelset import LabelSet, LabelSetSpec
+from vkd.teaching import Teach
 from vkd.verification import verify
 from vkd.worklist import Retry
 
@@ -83,7 +84,7 @@ def test_a_retry_in_vain_counts_and_keeps_the_labels(mended: Run) -> None:
     (Path(mended.labels.store).parent / "videos" / "b_dull.mp4").write_text("still no video\n")
     before = tables(mended, "teacher")
     job = small.job_of(mended, Retry("not_a_video"))
-    teach = stages.Teach(job, "teacher", 1, last=True)
+    teach = Teach(job, "teacher", 1, last=True)
     stats = json.loads(teach(small.decoded(job, 0))[STATS][0])
     assert (stats["labelled"], stats["rejected"]) == (0, {"not_a_video": 2})
     assert tables(mended, "teacher")[1].filter(pa.array([True] * 3 + [False] * 2)).equals(before[1].slice(0, 3))
@@ -95,7 +96,7 @@ def test_a_chunk_that_another_driver_did_is_left_alone(unlabelled: Run, tmp_path
     job = small.job_of(run)
     small.label(run)
     written = {path: path.stat().st_mtime_ns for path in small.chunk_files(run, "teacher") + small.chunk_files(run, "frames")}
-    teach = stages.Teach(job, "teacher", 1, last=True)
+    teach = Teach(job, "teacher", 1, last=True)
     for number, item in enumerate(job.items):
         stats = json.loads(teach(small.decoded(job, number))[STATS][0])
         num_rows = job.plan.examples(item.chunk).num_rows

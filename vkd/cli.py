@@ -82,6 +82,7 @@ def label(
         report = pipeline.label(loaded, screen, fraction, Retry(reason) if retry_rejects else None)
         screen.close()
         screen.labels(report, loaded.labels.store)
+        screen.statistics(report)
         for name, measured in report.fidelity.items():
             screen.line(f"  encoding of {name}: " + ", ".join(f"{k} {v:.6g}" for k, v in measured.items()))
         if compact:

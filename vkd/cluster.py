@@ -17,10 +17,11 @@ import ray
 from ray._private import ray_logging
 from ray._private.worker import print_to_stdstream
 from ray.data import DataContext
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import LocalRayletDiedError, NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import RayTrainError, UserExceptionWithTraceback
 
+from vkd import lifeline
 from vkd.errors import ConfigError, VkdError
 from vkd.run import Compute
 
@@ -28,6 +29,7 @@ NO_PROGRESS_TIMEOUT_S = 900
 BUSY_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
 NATIVE_STDERR = 2
+LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, LocalRayletDiedError)
 ACTORS_OF_RAY = ("TrainController", "PlacementGroupCleaner")
 
 
@@ -59,8 +61,10 @@ def session(compute: Compute) -> Iterator[None]:
         ) from error
     _quieten()
     _hide_actors_of_ray()
+    node = ray._private.worker._global_node
+    head, _, port = node.gcs_address.rpartition(":")
     try:
-        with _native_lines_to_log():
+        with lifeline.watched(node.raylet_socket_name, (head, int(port))), _native_lines_to_log():
             yield
     finally:
         ray.shutdown()
@@ -206,7 +210,17 @@ def worker_errors() -> Iterator[None]:
         cause = _cause(error) if isinstance(error, RayError | RayTrainError) else None
         if isinstance(cause, VkdError):
             raise cause from None
+        if isinstance(cause, LOST):
+            raise _lost(cause) from error
         raise
+
+
+def _lost(error: BaseException) -> VkdError:
+    """What to tell of processes that died, and died again when Ray had started them anew."""
+    whose = "a teacher's" if "_TeachStage" in str(error) else "a worker's"
+    why = next((line.strip() for line in str(error).splitlines() if "memory" in line.lower()), str(error).splitlines()[0])
+    what = f"{whose} process died again and again, and is not started any more: {why}"
+    return VkdError(what, action="look for the cause in Ray's logs; what is committed is kept: run the same command again to go on")
 
 
 def _drop_iterators(error: BaseException | None) -> None:

@@ -85,6 +85,12 @@ class Screen:
         rejected = f"{report.rejected.total()} rejected{f' ({reasons})' if reasons else ''}"
         self.line(f"labels: {report.labelled} labelled, {rejected} of {report.planned} clips{before}{others}{speed} -> {store}")
 
+    def statistics(self, report: LabelReport) -> None:
+        """What the new labels look like, a line each."""
+        for name, told in report.statistics.items():
+            entropy = f", entropy {told['entropy_nats']:.3g} nats" if "entropy_nats" in told else ""
+            self.line(f"  {name}: norm {told['norm_mean']:.4g} ± {told['norm_std']:.2g}{entropy}, {told['duplicates']:.1%} duplicates")
+
     def student(self, report: TrainReport) -> None:
         """What a training did."""
         if report.skipped:

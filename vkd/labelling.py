@@ -21,6 +21,7 @@ from vkd import cluster, planning, stages, status, worklist
 from vkd.clips import ViewPolicy, assign_splits
 from vkd.errors import ConfigError, ManifestError, VideoError, VkdError
 from vkd.manifest import Manifest
+from vkd.metrics.label_statistics import Statistics, pooled
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.run import Compute, Run
@@ -29,6 +30,7 @@ from vkd.stages import ITEM, STATS, Item, Job
 from vkd.store import files, leases
 from vkd.store.labelset import LabelSet, LabelSetSpec
 from vkd.teachers.base import Teacher
+from vkd.teaching import Teach
 from vkd.worklist import Retry
 
 MAX_RETRIES = 3  # Ray's own default is without end
@@ -48,6 +50,7 @@ class LabelReport:
     decode_s: float = 0.0
     teach_s: Counter[str] = field(default_factory=Counter)
     fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
+    statistics: dict[str, Statistics] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
@@ -62,6 +65,8 @@ class LabelReport:
         self.teach_s.update(stats["teach_s"])
         for name, measured in stats["fidelity"].items():
             self.fidelity[name] = _worst(self.fidelity.get(name, measured), measured)
+        for name, told in stats["statistics"].items():
+            self.statistics[name] = pooled(self.statistics[name], told) if name in self.statistics else told
 
 
 def label(run: Run, chunks: Sequence[Chunk], progress: Callable[[LabelReport], None], retry: Retry | None = None) -> LabelReport:
@@ -220,9 +225,9 @@ class _TeachStage:
     """A teacher in an actor. What its start raises is kept for the first call: of a constructor Ray hands on only the text."""
 
     def __init__(self, shared: ray.ObjectRef, alias: str, num_threads: int, last: bool) -> None:
-        self.teach: stages.Teach | VkdError
+        self.teach: Teach | VkdError
         try:
-            self.teach = stages.Teach(_job_of(shared), alias, num_threads, last)
+            self.teach = Teach(_job_of(shared), alias, num_threads, last)
         except VkdError as error:
             self.teach = error
 

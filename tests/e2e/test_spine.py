@@ -25,6 +25,7 @@ from vkd.schema import FRAMES
 from vkd.stages import Item
 from vkd.store.labelset import LabelSet
 from vkd.teachers.base import probe_frames
+from vkd.teaching import Teach
 
 NUM_THREADS = 2  # what one teacher actor gets of two cores; another number may round sums in another order
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -74,7 +75,7 @@ def test_labels_are_bit_equal_to_those_made_without_ray(run: Run, tmp_path: Path
     items = [Item(0, chunk, tuple(specs)) for chunk in plan.chunks]
     job = labelling._job(here, plan, specs, teachers, items)
     LabelSet.create(str(tmp_path), specs[FRAMES], {}, {}, {})
-    teach = stages.Teach(job, "teacher", NUM_THREADS, True)
+    teach = Teach(job, "teacher", NUM_THREADS, True)
     for number in range(len(items)):
         teach(stages.decode(job, {stages.ITEM: np.array([number])}))
     torch.set_num_threads(1)

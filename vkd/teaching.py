@@ -1,0 +1,161 @@
+"""A teacher at work on decoded chunks: it labels what its set lacks, its answers are checked, and each chunk is committed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+from vkd import planning, schema
+from vkd.errors import TeacherError
+from vkd.metrics.label_statistics import Spread, Statistics, label_statistics
+from vkd.rounds import Chunk
+from vkd.schema import FRAMES, Columns, TensorType
+from vkd.stages import ITEM, KEPT, REJECT, STATS, Job, commit, device, recorded
+from vkd.store.encodings import fidelity
+from vkd.store.labelset import LabelSet, Reject
+
+LOGITS = "logits"
+THUMBNAIL_PX = 32
+MIN_CLIPS = 8  # that look different, before outputs are judged
+MIN_INPUT_SPREAD, MIN_LABEL_SPREAD = 0.02, 1e-4  # clips that look alike may well have labels that are
+# what a teacher's code may raise; VkdError is none of them and goes through
+RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
+
+
+class Teach:
+    """One teacher on one device: labels the chunks that its set lacks and commits them."""
+
+    def __init__(self, job: Job, alias: str, num_threads: int, last: bool) -> None:
+        import torch  # the driver imports this module too, and needs no torch yet
+
+        torch.set_num_threads(num_threads)
+        torch.backends.cudnn.allow_tf32 = False  # a set that declares fp32 must be fp32
+        self.job, self.alias, self.last, self.spec = job, alias, last, job.specs[alias]
+        self.teacher = planning.build_teachers(job.teachers)[alias]
+        if self.teacher.identity() != self.spec.fields["teacher"]:
+            raise TeacherError(
+                "this node has other weight files than the driver", where=alias, action="install the same package everywhere"
+            )
+        self.teacher.load(device())
+        self.first_clips = _FirstClips(alias, self.spec.tensors)
+        probe = self._answers(self.teacher.probe_batch())
+        measured = {name: fidelity(probe[name], tensor, self.spec.encodings[name]) for name, tensor in self.spec.tensors.items()}
+        self.set = LabelSet.create(job.store, self.spec, probe, recorded(), measured)
+
+    def __call__(self, batch: Columns) -> Columns:
+        item = self.job.items[int(batch[ITEM][0])]
+        stats = json.loads(batch[STATS][0])
+        rejects = {row: Reject(**json.loads(text)) for row, text in enumerate(batch[REJECT].tolist()) if text}
+        if self.alias in stats["lacks"]:
+            started_s = time.process_time()
+            examples = self.job.plan.examples(item.chunk).select([schema.EXAMPLE_ID]).to_pylist()
+            frames = batch[self.job.column[self.alias]]
+            labels, rejects = self._labels(frames, rejects, item.chunk)
+            good = np.array([row for row in range(len(frames)) if row not in rejects], np.int64)
+            told = self._describe(frames[good], {name: rows[good] for name, rows in labels.items()})
+            commit(self.set, item, examples, rejects, labels)
+            stats["teach_s"][self.alias] = time.process_time() - started_s
+            stats |= {name: stats[name] | measured for name, measured in told.items()}
+        if not self.last:
+            return batch | {STATS: np.array([json.dumps(stats)] * len(batch[ITEM]))}
+        stats["rejected"] = Counter(reject.kind for reject in rejects.values() if reject != KEPT)
+        stats["labelled"] = len(batch[ITEM]) - len(rejects) if stats["lacks"] else 0
+        stats["elsewhere"] = 0 if stats["lacks"] else self.job.plan.examples(item.chunk).num_rows
+        return {STATS: np.array([json.dumps(stats)])}
+
+    def _labels(self, frames: np.ndarray, rejects: Mapping[int, Reject], chunk: Chunk) -> tuple[Columns, dict[int, Reject]]:
+        """Labels of all rows (zeros where rejected), checked against the contract; rows that raise or are not finite are rejected."""
+        labels = {name: np.zeros((len(frames), *tensor.row_shape), tensor.dtype) for name, tensor in self.spec.tensors.items()}
+        found = dict(rejects)
+        good = [row for row in range(len(frames)) if row not in rejects]
+        for rows, answered in self._asked(frames, good, found, chunk):
+            for name, tensor in self.spec.tensors.items():
+                if answered[name].shape != (len(rows), *tensor.row_shape):
+                    raise TeacherError(
+                        f"{name} has shape {answered[name].shape}, not {tensor.row_shape} a row", where=self.alias, action="mend emits"
+                    )
+                labels[name][rows] = answered[name]
+                finite = np.isfinite(answered[name].reshape(len(rows), -1)).all(axis=1)
+                found |= {rows[i]: Reject("teach", "not_finite", f"{name} is not finite", True, 1) for i in np.flatnonzero(~finite)}
+        return labels, found
+
+    def _asked(self, frames: np.ndarray, rows: list[int], rejects: dict[int, Reject], chunk: Chunk) -> list[tuple[list[int], Columns]]:
+        """Answers for all rows at once, or, when the teacher raises, for each alone; one at which it raises again is rejected.
+
+        Raises TeacherError when it raises at every clip: then no clip is to blame.
+        """
+        if not rows:
+            return []
+        try:
+            return [(rows, self._answers({FRAMES: frames[np.array(rows)]}))]
+        except RAISED as error:
+            first = f"{type(error).__name__}: {error}"
+        answered = []
+        for row in rows:
+            try:
+                answered.append(([row], self._answers({FRAMES: frames[row : row + 1]})))
+            except RAISED as error:
+                rejects[row] = Reject("teach", "teacher_error", f"{type(error).__name__}: {error}", False, 2)
+        if not answered and len(rows) > 1:
+            where = f"{self.alias}, chunk {chunk.index} of shard {chunk.shard}"
+            raise TeacherError(f"raises at every clip: {first}", where=where, action="mend the teacher, then run the same command again")
+        return answered
+
+    def _answers(self, batch: Columns) -> Columns:
+        answered = self.teacher(batch)
+        if lacking := sorted(set(self.spec.tensors) - set(answered)):
+            raise TeacherError(f"gives no {lacking[0]!r}, which it says it emits", where=self.alias, action="mend emits")
+        return {name: answered[name] for name in self.spec.tensors}
+
+    def _describe(self, frames: np.ndarray, labels: Columns) -> dict[str, dict[str, Statistics]]:
+        """Fidelity and statistics of labelled rows. Raises TeacherError when the first clips show that labels say nothing of clips."""
+        if not len(frames):
+            return {}
+        seen = thumbnails(frames)
+        self.first_clips.add(seen, labels)
+        inputs = [row.tobytes() for row in seen]
+        fidelities, statistics = {}, {}
+        for name, tensor in self.spec.tensors.items():
+            fidelities[f"{self.alias}.{name}"] = fidelity(labels[name], tensor, self.spec.encodings[name])
+            flat = labels[name].reshape(len(frames), -1)
+            statistics[f"{self.alias}.{name}"] = label_statistics(flat, inputs, logits=name == LOGITS)
+        return {"fidelity": fidelities, "statistics": statistics}
+
+
+class _FirstClips:
+    """The first clips that look different: once there are enough of them, their labels must differ too."""
+
+    def __init__(self, alias: str, tensors: Mapping[str, TensorType]) -> None:
+        self.alias, self.judged = alias, False
+        self.inputs, self.seen = Spread(), set[bytes]()
+        # whole numbers, say a class, and single values may be the same for many clips
+        names = [name for name, tensor in tensors.items() if tensor.dtype.startswith("float") and np.prod(tensor.row_shape) > 1]
+        self.labels = {name: Spread() for name in names}
+
+    def add(self, seen: np.ndarray, labels: Columns) -> None:
+        """Raises TeacherError, which names the label, when labels hardly differ though clips do."""
+        if self.judged:
+            return
+        new = sorted({key: i for i, row in enumerate(seen) if (key := row.tobytes()) not in self.seen}.values())
+        self.seen |= {row.tobytes() for row in seen}
+        self.inputs.add(seen[new])
+        for name, spread in self.labels.items():
+            spread.add(labels[name][new].reshape(len(new), -1))
+        if len(self.seen) < MIN_CLIPS or self.inputs.value < MIN_INPUT_SPREAD:
+            return
+        self.judged = True
+        for name, spread in self.labels.items():
+            if spread.value < MIN_LABEL_SPREAD:
+                what = f"{name} is the same for {len(self.seen)} clips that look different (relative spread {spread.value:.1g})"
+                action = "check its weights and its preprocessing; a teacher must tell clips apart"
+                raise TeacherError(what, where=self.alias, action=action)
+
+
+def thumbnails(frames: np.ndarray) -> np.ndarray:
+    """uint8 [n, d]: every few pixels of each clip, enough to tell whether two clips look alike."""
+    step = max(1, frames.shape[2] // THUMBNAIL_PX)
+    return frames[:, :, ::step, ::step].reshape(len(frames), -1)
