@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from vkd.console import Screen
-from vkd.errors import ConfigError, StorageError, VkdError
+from vkd.errors import ConfigError, StorageError, VkdError, redact
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -231,7 +231,7 @@ def main() -> None:
 
 
 def _fail(text: str, code: int) -> None:
-    print(f"vkd: {text}", file=sys.stderr, flush=True)
+    print(redact(f"vkd: {text}"), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -251,12 +251,12 @@ def _screen(as_json: bool, run: str | None = None, overrides: Sequence[str] | No
 
 def _words(run: str, overrides: Sequence[str] | None) -> str:
     """The run as the user named it, to be pasted."""
-    return shlex.join([run, *(overrides or [])])
+    return redact(shlex.join([run, *(overrides or [])]))
 
 
 def _finish(as_json: bool, result: dict[str, Any]) -> None:
     if as_json:
-        print(json.dumps(result), flush=True)
+        print(redact(json.dumps(result)), flush=True)
 
 
 def _absolute(path: str) -> str:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vkd.errors import redact
+
 if TYPE_CHECKING:  # commands that only list must not import torch
     from vkd.labelling import LabelReport
     from vkd.loop import RoundReport
@@ -74,7 +76,7 @@ class Screen:
 
     def line(self, text: str) -> None:
         """One line that stays."""
-        self.console.print(text)
+        self.console.print(redact(text))
 
     def labels(self, report: LabelReport, store: str) -> None:
         """What a labelling did."""
@@ -109,11 +111,11 @@ class Screen:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table that stays; the first column is text, the others are numbers."""
-        table = Table(title=title, title_justify="left")
+        table = Table(title=redact(title), title_justify="left")
         for i, name in enumerate(header):
             table.add_column(name, justify="right" if i else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(redact, row))
         self.console.print(table)
 
     def timings(self, extra: Mapping[str, str]) -> None:

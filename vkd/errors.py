@@ -2,6 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import re
+
+SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+MIN_SECRET_CHARS = 5  # shorter values would be found in ordinary words
+_VALUE = r"[^\s\"'`<>&;,|\\#)\]}]+"
+_NAMED = r"secret_?access_?key|access_?key_?id|session_?token|password|signature|credential"
+_IN_QUERY = r"sig|token|key|secret|pass|auth|credential|amz|goog"
+_SECRETS = (  # (pattern, what takes its place)
+    # user:password@, where a password may hold a slash, but host:port/ is none
+    (re.compile(r"(\w://)(?:[^\s/\"'`<>|?#]*|[^\s/\"'`<>|?#:@]*:(?!\d+/)[^\s\"'`<>|?#@]*)@"), r"\1***@"),
+    (re.compile(rf"([?&;][^\s=&?#]*(?:{_IN_QUERY})[^\s=&?#]*=){_VALUE}", re.IGNORECASE), r"\1***"),
+    (re.compile(rf"((?:{_NAMED})[\"']?\s*[=:]\s*[\"']?){_VALUE}", re.IGNORECASE), r"\1***"),
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}"), "***"),
+)
+
+
+def redact(text: str) -> str:
+    """The text without passwords, keys and signatures: those of uris, those that are named, those of this process's environment."""
+    for secret in sorted((os.environ.get(name, "") for name in SECRET_VARIABLES), key=len, reverse=True):
+        if len(secret) >= MIN_SECRET_CHARS:
+            text = text.replace(secret, "***")
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
 
 class VkdError(Exception):
     """Base of every error that vkd raises on purpose; `exit_code` is what the command returns."""
@@ -9,8 +35,8 @@ class VkdError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str = "", action: str = "") -> None:
-        super().__init__(what)
-        self.what, self.where, self.action = what, where, action
+        self.what, self.where, self.action = redact(what), redact(where), redact(action)
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         parts = [self.what if not self.where else f"{self.where}: {self.what}"]

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vkd import schema, sources
-from vkd.errors import ConfigError, ManifestError
+from vkd.errors import ConfigError, ManifestError, redact
 from vkd.sources import DUPLICATE_OF, MEASURED
 from vkd.store import files
 from vkd.video import listing
@@ -174,7 +174,7 @@ class _Growth:
     """A manifest being built: what it holds already, and how shards are added."""
 
     def __init__(self, source: str, out: str, options: BuildOptions) -> None:
-        self.source, self.out, self.index = source, out, _opened(out, options)
+        self.source, self.out, self.index = redact(source), out, _opened(out, options)
         manifest = Manifest(out, self.index)
         rejects = manifest.rejects()
         self.rejected = Counter(rejects["kind"].to_pylist())
@@ -200,7 +200,7 @@ class _Growth:
         uris = batch[schema.URI].to_pylist()
         kept = [row for row, uri in enumerate(uris) if probed[uri].fault is None]
         if faults:
-            values = [[v.video_id, v.uri, fault.kind, fault.what, fault.permanent] for v, fault in faults]
+            values = [[v.video_id, redact(v.uri), fault.kind, fault.what, fault.permanent] for v, fault in faults]
             rejects = pa.table(list(zip(*values, strict=True)), schema=REJECTS)
             self.index.rejects.append(_write(self.out, "rejects", rejects))
             self.rejected.update(rejects["kind"].to_pylist())

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from vkd.clips import ClipPlan, SplitPlan, ViewPolicy
-from vkd.errors import ConfigError
+from vkd.errors import ConfigError, redact
 from vkd.models import ModelSpec, find
 from vkd.recipes import RECIPES
 from vkd.recipes.base import Recipe
@@ -216,8 +216,16 @@ def parse(tree: dict[str, Any], overrides: Sequence[str] = (), where: str = "run
 
 
 def dump(run: Run) -> str:
-    """The resolved run as YAML; loading it gives the same run."""
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+    """The resolved run as YAML, less its secrets; loading it gives the same run, if there were none."""
+    return yaml.safe_dump(_redacted(run.model_dump(mode="json")), sort_keys=False)
+
+
+def _redacted(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _redacted(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_redacted(value) for value in tree]
+    return redact(tree) if isinstance(tree, str) else tree
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

@@ -124,17 +124,16 @@ def _export(run: Run, loop: Loop, sets: Mapping[str, LabelSet], position: Positi
 
 def claim_output(run: Run) -> None:
     """Save the resolved run with its results. Raises ConfigError, naming the key, when the output holds a run that differs."""
-    place = files.join(run.output, "run.yaml")
+    place, resolved = files.join(run.output, "run.yaml"), run_files.dump(run)
     if files.exists(place):
-        before = yaml.safe_load(files.read(place))
-        now = run.model_dump(mode="json")
+        before, now = yaml.safe_load(files.read(place)), yaml.safe_load(resolved)
         for section in DECIDES:
             there, here = (_less(tree.get(section), DECIDES_NOT.get(section, set())) for tree in (before, now))
             if difference := _difference(there, here, section):
                 raise ConfigError(
                     f"holds a run with another {difference}", where=run.output, action="name another output, or delete this one"
                 )
-    files.put(place, run_files.dump(run).encode())
+    files.put(place, resolved.encode())
 
 
 def _less(section: Any, keys: Set[str]) -> Any:

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from vkd import schema
 from vkd.errors import ConfigError, StorageError, TeacherError
 from vkd.schema import TensorType
-from vkd.store import encodings, files
+from vkd.store import encodings, faults, files
 from vkd.store.digest import content_digest
+from vkd.store.faults import UNREACHABLE
 
 CHUNKS = b"vkd.chunks"
 FORMAT_VERSION = 2
@@ -208,17 +209,28 @@ def read(uri: str, index: int, columns: Sequence[str] | None, verify: bool, stam
 
     Raises FileNotFoundError, and StorageError when the file is corrupt.
     """
-    footer = None if stamp is None else _footer(uri, stamp)
-    whole = files.read(uri) if stamp is None else b""
-    with _readable(uri), io.BytesIO(whole) if stamp is None else _opened(uri) as handle:
-        file = pq.ParquetFile(handle, metadata=footer, pre_buffer=True)
-        infos = _infos(file.metadata)
-        place = next(i for i, info in enumerate(infos) if info.index == index)
-        names = _with_companions(file.schema_arrow.names, columns)
-        groups = list(range(file.num_row_groups)) if stamp is None else [place]
-        table = file.read_row_groups(groups, None if verify else names, use_threads=False).replace_schema_metadata(None)
-        if infos[place].num_rows != table.num_rows or (verify and content_digest(table) != infos[place].digest):
-            raise ValueError("its content does not match its digest")
+    if stamp is None:
+        whole = files.read(uri)
+        with _readable(uri):
+            return _read(io.BytesIO(whole), index, columns, verify)
+    footer = _footer(uri, stamp)
+
+    def once() -> tuple[ChunkInfo, pa.Table]:
+        with _readable(uri), _opened(uri) as handle:
+            return _read(handle, index, columns, verify, footer)
+
+    return files.patiently(once, uri)
+
+
+def _read(handle: Any, index: int, columns: Sequence[str] | None, verify: bool, footer: Any = None) -> tuple[ChunkInfo, pa.Table]:
+    file = pq.ParquetFile(handle, metadata=footer, pre_buffer=True)
+    infos = _infos(file.metadata)
+    place = next(i for i, info in enumerate(infos) if info.index == index)
+    names = _with_companions(file.schema_arrow.names, columns)
+    groups = list(range(file.num_row_groups)) if footer is None else [place]
+    table = file.read_row_groups(groups, None if verify else names, use_threads=False).replace_schema_metadata(None)
+    if infos[place].num_rows != table.num_rows or (verify and content_digest(table) != infos[place].digest):
+        raise ValueError("its content does not match its digest")
     return infos[place], table.select(names)
 
 
@@ -236,8 +248,7 @@ def infos(uri: str, stamp: Stamp | None = None) -> list[ChunkInfo]:
 
 def _opened(uri: str) -> AbstractContextManager[Any]:
     fs, path = files.filesystem(uri)
-    handle: AbstractContextManager[Any] = fs.open(path, "rb", cache_type="none")  # read-ahead would fetch the next chunks too
-    return handle
+    return fs.open(path, "rb", cache_type="none")  # type: ignore[no-any-return]  # read-ahead would fetch the next chunks too
 
 
 @lru_cache(maxsize=64)
@@ -261,13 +272,13 @@ def _infos(footer: pq.FileMetaData) -> list[ChunkInfo]:
 
 @contextmanager
 def _readable(uri: str) -> Iterator[None]:
-    """Turn what reading a file raises into a StorageError; an OSError with a number is the storage, not the content."""
+    """Turn what reading a file raises into a StorageError; a plain OSError without a number is Arrow's word for the content."""
     try:
         yield
-    except FileNotFoundError:
-        raise
-    except (*files.UNREACHABLE, pa.ArrowException, ValueError, KeyError, TypeError, StopIteration) as error:
-        broken_storage = isinstance(error, files.UNREACHABLE) and getattr(error, "errno", 0) is not None
-        what = f"{'cannot be read' if broken_storage else 'corrupt label file'}: {type(error).__name__}: {error}"
-        action = "check that the place can be reached" if broken_storage else "delete it (vkd verify lists all such files)"
-        raise StorageError(what, where=uri, action=f"{action}, then run the same command again") from error
+    except (*UNREACHABLE, pa.ArrowException, ValueError, KeyError, TypeError, StopIteration) as error:
+        if isinstance(error, UNREACHABLE) and not (type(error) is OSError and error.errno is None):
+            if faults.is_missing(error):
+                raise FileNotFoundError(uri) from error
+            raise faults.told(uri, error) from error
+        action = "delete it (vkd verify lists all such files), then run the same command again"
+        raise StorageError(f"corrupt label file: {type(error).__name__}: {error}", where=uri, action=action) from error

@@ -11,26 +11,37 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import fsspec
-from aiohttp import ClientError
-from botocore.exceptions import BotoCoreError, HTTPClientError
-from botocore.exceptions import ConnectionError as BotoConnectionError
+from aiohttp import ClientTimeout
 from fsspec.implementations.local import LocalFileSystem
 
-from vkd.errors import StorageError
+from vkd.errors import StorageError, redact
+from vkd.store import faults
+from vkd.store.faults import UNREACHABLE
 
-UNREACHABLE = (OSError, BotoCoreError, ClientError)  # s3fs and http raise the last two, which are no OSError
-# S3-compatible servers answer a range with the checksum of the whole object; label files carry digests of their own
 TEMPORARY = ".tmp"
-S3_OPTIONS = {"config_kwargs": {"response_checksum_validation": "when_required"}}
-
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 15  # the second between two arrivals of bytes, not for all of them
+# botocore tries a request three times, quickly and in silence; all longer waiting is done by `patiently`
+S3_OPTIONS = {
+    "config_kwargs": {
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "read_timeout": READ_TIMEOUT_S,
+        "retries": {"mode": "standard", "total_max_attempts": 3},
+        # S3-compatible servers answer a range with the checksum of the whole object; label files carry digests of their own
+        "response_checksum_validation": "when_required",
+    },
+    "max_concurrency": 1,  # more would ask for the size before each read
+    "use_listings_cache": False,  # others write too
+}
+# aiohttp's own limit is 300 s for all of a file, and none for silence
+HTTP_OPTIONS = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)}}
+OPTIONS: dict[str, dict[str, Any]] = {"s3": S3_OPTIONS, "s3a": S3_OPTIONS, "http": HTTP_OPTIONS, "https": HTTP_OPTIONS}
+NUM_S3FS_TRIES = 1  # of s3fs around those of botocore
 
 PATIENCE_S = float(os.environ.get("VKD_STORAGE_PATIENCE_S", "300"))  # how long storage may stay away
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
-# what object stores say when asking again cannot help; refused keys come as PermissionError
-FINAL_ERRNOS = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -51,23 +62,24 @@ def patiently(do: Callable[[], Result], where: str, failed: StorageError | None 
         left_s = give_up_s - time.monotonic()
         if not failed.passing or wait_s > left_s:
             raise failed
-        print(f"{where}: {failed.what}; asking again in {wait_s:.0f} s, for at most {left_s:.0f} s", file=sys.stderr, flush=True)
+        told = f"{where}: {failed.what}; asking again in {wait_s:.0f} s, for at most {left_s:.0f} s"
+        print(redact(told), file=sys.stderr, flush=True)
         time.sleep(wait_s * random.uniform(0.5, 1.0))  # not all workers at once
         wait_s, failed = min(2 * wait_s, LONGEST_WAIT_S), None
 
 
-def _patient(operation: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def patient(operation: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """An operation on a uri (its first argument) whose errors are told as StorageError, tried again while they pass."""
 
     @wraps(operation)
-    def patient(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def asked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         def once() -> Result:
             with storage_errors(str(args[0])):
                 return operation(*args, **kwargs)
 
         return patiently(once, str(args[0]))
 
-    return patient
+    return asked
 
 
 def join(root: str, *parts: str) -> str:
@@ -75,7 +87,7 @@ def join(root: str, *parts: str) -> str:
     return "/".join([root.rstrip("/"), *parts])
 
 
-@_patient
+@patient
 def put(uri: str, data: bytes, *, new: bool = False) -> bool:
     """Write a whole file so that readers see all of it or nothing; with `new`, only when there is none. Whether it was written.
 
@@ -135,7 +147,7 @@ def _put_object(fs: fsspec.AbstractFileSystem, path: str, data: bytes, new: bool
     return True
 
 
-@_patient
+@patient
 def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     """Bytes of a file, all or a range (a negative start counts from the end). Raises FileNotFoundError when there is none."""
     fs, path = filesystem(uri)
@@ -143,44 +155,52 @@ def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     return data
 
 
-@_patient
+@patient
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    try:
+        fs.info(path)  # file systems say of failures too that they "do not exist"
+    except FileNotFoundError as error:
+        if faults.is_missing(error):
+            return False
+        raise
+    return True
 
 
-@_patient
+@patient
 def list_names(folder: str) -> list[str]:
     """Sorted names of what lies directly in a folder; empty when there is no such folder. Temporary files are left out."""
-    fs, path = filesystem(folder)
-    fs.invalidate_cache()
-    try:
-        entries = fs.ls(path, detail=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in _entries(folder))
     return sorted(name for name in names if not name.startswith(".") and name)
 
 
-@_patient
+@patient
 def list_infos(folder: str) -> list[tuple[str, int, float]]:
     """(name, size in bytes, modification time in seconds since 1970) of the files directly in a folder, by name; as `list_names`."""
-    fs, path = filesystem(folder)
-    fs.invalidate_cache()
-    try:
-        entries = fs.ls(path, detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     found = []
-    for entry in entries:
-        name, time = entry["name"].rstrip("/").rsplit("/", 1)[-1], entry.get("mtime") or entry.get("LastModified") or entry.get("created")
+    for entry in _entries(folder):
+        name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
+        time: Any = entry.get("mtime") or entry.get("LastModified") or entry.get("created")
         if entry["type"] == "file" and name and not name.startswith("."):
             found.append((name, int(entry["size"]), float(time.timestamp() if hasattr(time, "timestamp") else time or 0)))
     return sorted(found)
 
 
-@_patient
+def _entries(folder: str) -> list[dict[str, Any]]:
+    """What lies directly in a folder; nothing when there is no such folder. That a bucket is lost is another matter."""
+    fs, path = filesystem(folder)
+    fs.invalidate_cache()
+    try:
+        entries: list[dict[str, Any]] = fs.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if isinstance(error, FileNotFoundError) and not faults.is_missing(error):
+            raise
+        return []
+    return entries
+
+
+@patient
 def delete(uri: str) -> None:
     """Remove a file or a folder with all that is in it; nothing happens when it is not there."""
     fs, path = filesystem(uri)
@@ -190,7 +210,10 @@ def delete(uri: str) -> None:
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a uri, and the path in it."""
-    fs, path = fsspec.core.url_to_fs(uri, **(S3_OPTIONS if uri.startswith("s3://") else {}))
+    options = OPTIONS.get(uri.partition("://")[0], {})
+    fs, path = fsspec.core.url_to_fs(uri, **options)
+    if options is S3_OPTIONS:
+        fs.retries = NUM_S3FS_TRIES
     return fs, path
 
 
@@ -199,18 +222,9 @@ def storage_errors(uri: str) -> Iterator[None]:
     """Turn what a file system raises into a StorageError that says what to do; a missing file stays FileNotFoundError."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except UNREACHABLE as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC
-        action = "free space or name another place" if full else "check that the place can be reached and written"
-        action = f"{action}, then run the same command again"
-        raise StorageError(f"{type(error).__name__}: {error}", where=uri, action=action, passing=passes(uri, error)) from error
-
-
-def passes(uri: str, error: BaseException) -> bool:
-    """Whether what a file system raised may pass: a remote store that does not answer, is busy, or cut its answer short."""
-    remote = "://" in uri and not uri.startswith(("file://", "memory://"))
-    if not remote or isinstance(error, PermissionError) or getattr(error, "errno", None) in FINAL_ERRNOS:
-        return False
-    return not isinstance(error, BotoCoreError) or isinstance(error, HTTPClientError | BotoConnectionError)
+        if not faults.is_missing(error):
+            raise faults.told(uri, error) from error
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise FileNotFoundError(uri) from error

@@ -7,16 +7,18 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from vkd.errors import StorageError, VideoError
-from vkd.store import files
-from vkd.store.files import UNREACHABLE
+from vkd.errors import VideoError
+from vkd.store import faults, files
+from vkd.store.faults import UNREACHABLE
 from vkd.video.access import METER, Access
 
 BLOCK_BYTES = 4 << 20
+FORBIDDEN = "forbidden"  # the kind of a video that the storage refuses, and it alone
 MAX_BLOCKS = 16  # of one open object: the memory that range reads may hold
 EVERYTHING = Access()
 
@@ -25,8 +27,8 @@ EVERYTHING = Access()
 def opened(uri: str, access: Access = EVERYTHING) -> Iterator[str | BinaryIO]:
     """A local path, a `BytesIO` of a small object, or a file object that reads blocks on demand.
 
-    What goes wrong inside the block while bytes are read is told apart too: VideoError (`missing`, `empty`, `not_allowed`) is
-    about this video, StorageError about the storage.
+    What goes wrong inside the block while bytes are read is told apart too: VideoError (`missing`, `empty`, `forbidden`,
+    `not_allowed`) is about this video, StorageError about the storage.
     """
     with _read_errors(uri):
         source = _open(access.resolve(uri), uri, access)
@@ -39,8 +41,7 @@ def opened(uri: str, access: Access = EVERYTHING) -> Iterator[str | BinaryIO]:
 
 def _open(resolved: str, uri: str, access: Access) -> str | BinaryIO:
     fs, path = files.filesystem(resolved)
-    with METER.request(access.max_requests_per_s):
-        info = fs.info(path)
+    info = _info(fs, path, access)
     if info["type"] == "directory":
         raise VideoError("not_a_video", "it is a folder", where=uri)
     size_bytes = info["size"]
@@ -60,9 +61,22 @@ def _open(resolved: str, uri: str, access: Access) -> str | BinaryIO:
             raise OSError(errno.EIO, f"{len(data)} of {size_bytes} bytes came")
         return io.BytesIO(data)
     blocks = {"block_size": BLOCK_BYTES, "cache_type": "blockcache", "cache_options": {"maxblocks": MAX_BLOCKS}}
-    handle: BinaryIO = fs.open(path, "rb", **blocks)
+    with METER.request(access.max_requests_per_s):  # it asks for size and version
+        handle: BinaryIO = fs.open(path, "rb", **blocks)
     _meter_ranges(handle, access)
     return handle
+
+
+def _info(fs: AbstractFileSystem, path: str, access: Access) -> dict[str, Any]:
+    try:
+        with METER.request(access.max_requests_per_s):
+            info: dict[str, Any] = fs.info(path)
+    except UNREACHABLE as error:
+        if faults.hides_its_reason(error):
+            with METER.request(access.max_requests_per_s):
+                fs.cat_file(path, start=0, end=1)
+        raise
+    return info
 
 
 def _meter_ranges(handle: BinaryIO, access: Access) -> None:
@@ -85,10 +99,11 @@ def _meter_ranges(handle: BinaryIO, access: Access) -> None:
 def _read_errors(uri: str) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise VideoError("missing", "there is no such file", where=uri) from error
     except UNREACHABLE as error:
-        if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP):
+        if faults.is_missing(error) or isinstance(error, NotADirectoryError):
+            raise VideoError("missing", "there is no such file", where=uri) from error
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise VideoError("missing", f"no file can be there: {os.strerror(error.errno)}", where=uri) from error
-        action = "check that the storage can be reached and read, then run the same command again"
-        raise StorageError(f"{type(error).__name__}: {error}", where=uri, action=action, passing=files.passes(uri, error)) from error
+        if faults.is_refused(error):
+            raise VideoError(FORBIDDEN, f"it may not be read: {error}", where=uri, permanent=False) from error
+        raise faults.told(uri, error) from error

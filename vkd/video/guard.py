@@ -16,6 +16,7 @@ from vkd.clips import Clip
 from vkd.errors import StorageError, VideoError, VkdError
 from vkd.store import files
 from vkd.video.container import VideoInfo
+from vkd.video.fetch import FORBIDDEN
 from vkd.video.process import ChildEnded, Process
 from vkd.video.settings import MAX_DEADLINE_S, NUM_SLOTS, Settings, Views
 
@@ -35,10 +36,20 @@ class Guard:
         self._child: Process | None = None
 
     def decode(self, clips: Sequence[Clip]) -> Iterator[Views | VideoError]:
-        """Frames of each clip, in order, or why it cannot be used. Raises StorageError when storage stays away.
+        """Frames of each clip, in order, or why it cannot be used. Raises StorageError when storage stays away, or refuses all videos.
 
         A clip that ends the child is tried once more, by PyAV when the decoder may be chosen; both within its deadline.
         """
+        refused: set[str] = set()
+        for clip, answer in zip(clips, self._each(clips), strict=True):
+            if isinstance(answer, VideoError) and answer.kind == FORBIDDEN:
+                refused.add(clip.uri)
+            yield answer
+        if len(refused) > 1 and refused == {clip.uri for clip in clips}:
+            action = "check the credentials and what they permit, then run the same command again"
+            raise StorageError(f"access denied to all {len(refused)} videos of a chunk", where=clips[0].uri, action=action)
+
+    def _each(self, clips: Sequence[Clip]) -> Iterator[Views | VideoError]:
         done = 0
         while done < len(clips):
             self.attempts = 1

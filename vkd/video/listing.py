@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal, Protocol, TypeVar
 
-import fsspec
 import pyarrow as pa
 
 from vkd import schema
 from vkd.errors import ManifestError, StorageError, VideoError
-from vkd.store import files
-from vkd.store.files import UNREACHABLE
+from vkd.store import faults, files
+from vkd.store.faults import UNREACHABLE
 from vkd.video import guard
 from vkd.video.access import Access
 from vkd.video.container import VideoInfo
@@ -79,16 +78,29 @@ def find(source: str, extensions: Sequence[str]) -> dict[str, Info]:
     """Every file under a folder or prefix that looks like a video; local ones without information."""
     path = resolve_uri(source)
     if "://" in path:
-        fs, root = files.filesystem(path)
-        fs.invalidate_cache()
-        found = {fs.unstrip_protocol(name): info for name, info in fs.find(root, detail=True).items()}
-        if not found and not fs.exists(root):
-            raise FileNotFoundError(source)
+        found = _find_remote(path)
     else:
         found = {name: {} for name in _walk(os.path.abspath(path))}
         if source.startswith(PACKAGE):
             found = {f"{source.rstrip('/')}/{os.path.relpath(name, path)}": {} for name in found}
     return {uri: info for uri, info in found.items() if _is_video(uri, extensions)}
+
+
+@files.patient
+def _find_remote(uri: str) -> dict[str, Info]:
+    fs, root = files.filesystem(uri)
+    fs.invalidate_cache()
+    found = {fs.unstrip_protocol(name): info for name, info in fs.find(root, detail=True).items()}
+    if not found and not fs.exists(root):
+        raise FileNotFoundError(uri)
+    return found
+
+
+@files.patient
+def _remote_info(uri: str) -> Info:
+    fs, path = files.filesystem(uri)
+    info: Info = fs.info(path)
+    return info
 
 
 def _walk(path: str) -> Iterator[str]:
@@ -178,8 +190,7 @@ def reaching(source: str) -> Iterator[None]:
     except ImportError as error:
         raise ManifestError(str(error), where=source, action="install that package, then run again") from error
     except UNREACHABLE as error:
-        action = "check the address and the credentials, then run again"
-        raise StorageError(f"{type(error).__name__}: {error}", where=source, action=action) from error
+        raise faults.told(source, error) from error
     except (ValueError, pa.ArrowException) as error:  # ValueError: json, unicode and fsspec's unknown protocols
         raise ManifestError(str(error), where=source, action="mend SOURCE") from error
 
@@ -192,8 +203,7 @@ def _describe(uri: str, info: Info, access: Access, hash_content: bool) -> Liste
             kind = "directory" if stat.S_ISDIR(status.st_mode) else "file"
             info = {"size": status.st_size, "mtime": status.st_mtime_ns, "type": kind}
         elif not info:
-            fs, name = files.filesystem(path)
-            info = fs.info(name)
+            info = _remote_info(path)
         size_bytes = None if info.get("size") is None else int(info["size"])
         fault = VideoError("not_a_file", "a folder, not a video", where=uri) if info.get("type") == "directory" else None
         fault = VideoError("empty", "the file has no bytes", where=uri) if size_bytes == 0 else fault
@@ -203,12 +213,14 @@ def _describe(uri: str, info: Info, access: Access, hash_content: bool) -> Liste
         return Listed(uri, fault=error)
     except (FileNotFoundError, NotADirectoryError):
         return Listed(uri, fault=VideoError("missing", "no such file", where=uri))
-    except PermissionError as error:
-        return Listed(uri, fault=VideoError("forbidden", str(error), where=uri, permanent=False))
     except (ValueError, ImportError) as error:
         return Listed(uri, fault=VideoError("unknown_protocol", str(error), where=uri))
-    except UNREACHABLE as error:
-        raise StorageError(f"{type(error).__name__}: {error}", where=uri, action="check the network, then run again") from error
+    except (StorageError, *UNREACHABLE) as error:
+        if faults.is_refused(error):
+            return Listed(uri, fault=VideoError("forbidden", str(error), where=uri, permanent=False))
+        if isinstance(error, StorageError):
+            raise
+        raise faults.told(uri, error) from error
 
 
 def _version(info: Info) -> str | None:
@@ -221,6 +233,8 @@ def _version(info: Info) -> str | None:
     return None
 
 
+@files.patient
 def _sha256(path: str) -> str:
-    with fsspec.open(path, "rb") as handle:
+    fs, name = files.filesystem(path)
+    with fs.open(name, "rb") as handle:
         return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
