@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -177,6 +177,21 @@ def list_infos(folder: str) -> list[tuple[str, int, float]]:
         name, time = entry["name"].rstrip("/").rsplit("/", 1)[-1], entry.get("mtime") or entry.get("LastModified") or entry.get("created")
         if entry["type"] == "file" and name and not name.startswith("."):
             found.append((name, int(entry["size"]), float(time.timestamp() if hasattr(time, "timestamp") else time or 0)))
+    return sorted(found)
+
+
+@_patient
+def temporaries(folder: str) -> list[tuple[str, float]]:
+    """(uri, modification time in seconds since 1970) of what interrupted writes left in a folder and below; object stores have none."""
+    fs, path = filesystem(folder)
+    if not isinstance(fs, LocalFileSystem):
+        return []
+    found = []
+    for parent, _, names in os.walk(path):
+        for name in names:
+            if name.startswith(".") and name.endswith(TEMPORARY):
+                with suppress(FileNotFoundError):  # its writer has finished
+                    found.append((os.path.join(parent, name), os.stat(os.path.join(parent, name)).st_mtime))
     return sorted(found)
 
 
