@@ -59,3 +59,12 @@ def told(value: Any) -> dict[str, Any]:
 def array_of(told: Mapping[str, Any]) -> np.ndarray:
     """The probe output that `told` wrote."""
     return np.frombuffer(base64.b64decode(told["float32_base64"]), np.float32).reshape(told["shape"])
+
+
+def described(spec: LabelSetSpec) -> str:
+    """What a label set is, in one line."""
+    teacher, sampling = spec.fields.get("teacher", {}), spec.fields.get("sampling", {})
+    maker = f"{teacher['name']} v{teacher['version']}: " if {"name", "version"} <= teacher.keys() else ""
+    labels = ", ".join(f"{name} {encoding}" for name, encoding in spec.encodings.items())
+    seen = f"; {sampling['num_frames']} frames of {sampling['size_px']} px" if {"num_frames", "size_px"} <= sampling.keys() else ""
+    return f"{maker}{labels}{seen}"

@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -198,6 +198,21 @@ def _entries(folder: str) -> list[dict[str, Any]]:
             raise
         return []
     return entries
+
+
+@patient
+def temporaries(folder: str) -> list[tuple[str, float]]:
+    """(uri, modification time in seconds since 1970) of what interrupted writes left in a folder and below; object stores have none."""
+    fs, path = filesystem(folder)
+    if not isinstance(fs, LocalFileSystem):
+        return []
+    found = []
+    for parent, _, names in os.walk(path):
+        for name in names:
+            if name.startswith(".") and name.endswith(TEMPORARY):
+                with suppress(FileNotFoundError):  # its writer has finished
+                    found.append((os.path.join(parent, name), os.stat(os.path.join(parent, name)).st_mtime))
+    return sorted(found)
 
 
 @patient

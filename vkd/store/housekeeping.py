@@ -1,4 +1,4 @@
-"""Looking after a store: whether every file is whole."""
+"""Looking after a store: is every file whole, what lies there, what may go."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vkd.errors import LabelsMissing, StorageError
+from vkd.errors import ConfigError, LabelsMissing, StorageError
 from vkd.rounds import Chunk
 from vkd.schema import LABELLED, REJECTED, STATUS
+from vkd.store import document, files, layout
 from vkd.store.labelset import LabelSet
 
 
@@ -25,6 +26,18 @@ class VerifyReport:
     @property
     def ok(self) -> bool:
         return not self.lacking and not self.corrupt and self.num_planned == self.num_labelled + self.num_rejected
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One label set of a store; `newest_s` is when its newest file was committed, in seconds since 1970."""
+
+    name: str
+    what: str
+    views: int
+    chunks: int
+    num_bytes: int
+    newest_s: float | None
 
 
 def verify_files(label_set: LabelSet, view: int, planned: Mapping[Chunk, int]) -> VerifyReport:
@@ -44,3 +57,61 @@ def verify_files(label_set: LabelSet, view: int, planned: Mapping[Chunk, int]) -
             if table.num_rows != num_rows:
                 corrupt.append(f"chunk {chunk.index} of shard {chunk.shard} has {table.num_rows} rows, the plan has {num_rows}")
     return VerifyReport(sum(planned.values()), statuses[LABELLED], statuses[REJECTED], lacking, list(dict.fromkeys(corrupt)))
+
+
+def drop_superseded(label_set: LabelSet) -> int:
+    """Delete the files of a set of which nothing counts any more; how many. They stay while what replaced them is damaged."""
+    dropped = 0
+    for view, shard in [(view, shard) for view in label_set.views() for shard in layout.shards_of(label_set.uri, view)]:
+        folder = layout.folder_of(label_set.uri, view, shard)
+        listed = layout.list_shard(folder)
+        for name in listed.superseded:
+            behind = [listed.chunks[name][0]] if name in listed.chunks else [info.index for info in listed.compacted]
+            if all(_whole(label_set, view, Chunk(shard, index)) for index in behind):
+                files.delete(files.join(folder, name))
+                dropped += 1
+    return dropped
+
+
+def _whole(label_set: LabelSet, view: int, chunk: Chunk) -> bool:
+    try:
+        label_set.read(view, chunk, (), verify=True)
+    except StorageError:
+        return False
+    return True
+
+
+def label_sets(store: str) -> list[LabelSet]:
+    """Every label set of a store. Raises ConfigError when it holds none."""
+    found = [files.join(store, name) for name in files.list_names(store)]
+    sets = [LabelSet.at(uri) for uri in found if files.exists(files.join(uri, layout.DOCUMENT))]
+    if not sets:
+        raise ConfigError("no label sets here", where=store, action="vkd label RUN makes them, or name another store")
+    return sets
+
+
+def inventory(store: str) -> list[Kept]:
+    """What a store holds, from listings and the footers of compacted shards."""
+    return [_kept(label_set) for label_set in label_sets(store)]
+
+
+def _kept(label_set: LabelSet) -> Kept:
+    views, chunks, infos = label_set.views(), 0, []
+    for view, shard in [(view, shard) for view in views for shard in layout.shards_of(label_set.uri, view)]:
+        folder = layout.folder_of(label_set.uri, view, shard)
+        infos += files.list_infos(folder)
+        chunks += len(layout.list_shard(folder).sources)
+    newest_s = max((time_s for _, _, time_s in infos), default=None)
+    name = label_set.uri.rsplit("/", 1)[-1]
+    return Kept(name, document.described(label_set.spec), len(views), chunks, sum(size for _, size, _ in infos), newest_s)
+
+
+def remove(store: str, name: str) -> None:
+    """Delete a label set. Raises ConfigError when the name is not that of a label set of the store."""
+    names = [label_set.uri.rsplit("/", 1)[-1] for label_set in label_sets(store)]
+    if name not in names:
+        raise ConfigError(f"{name!r} is no label set", where=store, action=f"name one of {', '.join(names)}")
+    uri = files.join(store, name)
+    for view in layout.views_of(uri):
+        files.delete(files.join(uri, f"view={view}"))
+    files.delete(uri)  # labelset.json last: who is interrupted can remove the rest
