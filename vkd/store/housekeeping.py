@@ -62,7 +62,7 @@ def verify_files(label_set: LabelSet, view: int, planned: Mapping[Chunk, int]) -
 def drop_superseded(label_set: LabelSet) -> int:
     """Delete the files of a set of which nothing counts any more; how many. They stay while what replaced them is damaged."""
     dropped = 0
-    for view, shard in [(view, shard) for view in label_set.views() for shard in layout.shards_of(label_set.uri, view)]:
+    for view, shard in [(v, name) for v in label_set.views() for name in layout.shards_of(label_set.uri, v)]:
         folder = layout.folder_of(label_set.uri, view, shard)
         listed = layout.list_shard(folder)
         for name in listed.superseded:
@@ -97,7 +97,7 @@ def inventory(store: str) -> list[Kept]:
 
 def _kept(label_set: LabelSet) -> Kept:
     views, chunks, infos = label_set.views(), 0, []
-    for view, shard in [(view, shard) for view in views for shard in layout.shards_of(label_set.uri, view)]:
+    for view, shard in [(v, name) for v in views for name in layout.shards_of(label_set.uri, v)]:
         folder = layout.folder_of(label_set.uri, view, shard)
         infos += files.list_infos(folder)
         chunks += len(layout.list_shard(folder).sources)
