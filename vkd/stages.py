@@ -20,6 +20,7 @@ from vkd.models import ModelSpec
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.schema import FRAMES, Columns
+from vkd.store import forgotten
 from vkd.store.encodings import fidelity
 from vkd.store.labelset import ChunkRows, LabelSet, LabelSetSpec, Reject
 from vkd.video import guard
@@ -54,12 +55,14 @@ def decode(job: Job, batch: Columns) -> Columns:
     """Decode one chunk once for all samplings; a video that cannot be used becomes rejected rows."""
     (number,) = batch[ITEM].tolist()
     item, started_s = job.items[number], time.process_time()
-    examples = job.plan.examples(item.chunk).select([schema.EXAMPLE_ID, schema.URI, schema.START_S, schema.END_S]).to_pylist()
+    wanted = [schema.EXAMPLE_ID, schema.VIDEO_ID, schema.URI, schema.START_S, schema.END_S]
+    examples = job.plan.examples(item.chunk).select(wanted).to_pylist()
     frames = [np.zeros((len(examples), s.num_frames, s.size_px, s.size_px, 3), np.uint8) for s in job.decoding.samplings]
-    rejects: dict[int, Reject] = {}
-    clips = [clip_of(example, job.views, item.view) for example in examples]
+    gone = forgotten.noted(job.store)  # asked for each chunk: takedowns need not wait for the end of a long labelling
+    rejects = {row: forgotten.REJECT for row, example in enumerate(examples) if example[schema.VIDEO_ID] in gone}
+    clips = {row: clip_of(example, job.views, item.view) for row, example in enumerate(examples) if row not in rejects}
     before_s = guard.here(job.decoding).cpu_s
-    for row, decoded in enumerate(decode_or_reject(clips, job.decoding)):
+    for row, decoded in zip(clips, decode_or_reject(list(clips.values()), job.decoding), strict=True):
         if isinstance(decoded, Reject):
             rejects[row] = decoded
             continue
