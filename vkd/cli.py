@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import re
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from vkd.console import Screen
+from vkd import cli_labels
+from vkd.cli_parts import Json, Overrides, RunFile
+from vkd.cli_parts import absolute as _absolute
+from vkd.cli_parts import finish as _finish
+from vkd.cli_parts import screen as _screen
+from vkd.cli_parts import store_of as _store_of
+from vkd.cli_parts import words as _words
 from vkd.errors import ConfigError, StorageError, VkdError, redact
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    help="Distil large frozen video models into small students, on Ray.\n\n"
-    "Start with [bold]vkd run jobs/demo.yaml[/bold]. Or step by step: [bold]manifest[/bold] lists videos, [bold]label[/bold] lets the "
-    "teacher speak once about every clip, [bold]distill[/bold] trains a student on that, [bold]evaluate[/bold] says what it kept. The "
-    "same command after any crash goes on where it stopped.",
+
+def _with_labels(typed: typer.Typer) -> typer.Typer:
+    typed.add_typer(cli_labels.app, name="labels")
+    return typed
+
+
+app = _with_labels(
+    typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        help="Distil large frozen video models into small students, on Ray.\n\n"
+        "Start with [bold]vkd run jobs/demo.yaml[/bold]. Or step by step: [bold]manifest[/bold] lists videos, [bold]label[/bold] lets the "
+        "teacher speak once about every clip, [bold]distill[/bold] trains a student on that, [bold]evaluate[/bold] says what it kept. The "
+        "same command after any crash goes on where it stopped.",
+    )
 )
 
 INTERRUPTED = 130
-RunFile = Annotated[str, typer.Argument(metavar="RUN", help="A run file, such as jobs/demo.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.epochs=1.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last on stdout; all else goes to stderr.")]
 
 
 @app.command()
@@ -166,7 +173,8 @@ def verify(
     run: RunFile,
     overrides: Overrides = None,
     sample: Annotated[int, typer.Option(help="Clips to label again, live; 0 for none.")] = 8,
-    rejects: Annotated[bool, typer.Option("--rejects", help="List every rejected clip with its reason.")] = False,
+    rejects: Annotated[bool, typer.Option("--rejects", help="List every rejected video and clip with its reason.")] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="First delete what interrupted writes left, and superseded files.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check a run's labels: each planned clip labelled or rejected, every file whole, a sample labelled again agrees."""
@@ -175,15 +183,20 @@ def verify(
 
     with _screen(as_json, run, overrides) as screen:
         loaded = load_one(run, overrides or [])
+        if clean:
+            screen.line(f"cleaned: {verification.clean(loaded)}")
         found = verification.verify(loaded, sample)
         screen.table(
             "label sets", ("set", "view", "planned", "labelled", "rejected", "missing", "damaged"), [r.cells() for r in found.sets]
         )
         for name, agreement in found.agreement.items():
             screen.line(f"labelled again, {name}: lowest cosine {agreement:.5f} of {sample} clips")
+        result = {"ok": found.ok, "sets": [vars(row) for row in found.sets], "agreement": found.agreement}
         if rejects:
-            screen.table("rejects", ("clip", "stage", "reason", "message"), [r.cells() for r in verification.list_rejects(loaded)])
-        _finish(as_json, {"ok": found.ok, "sets": [vars(row) for row in found.sets], "agreement": found.agreement})
+            listed = verification.list_rejects(loaded)
+            screen.table("rejects", verification.REJECT_HEADER, [row.cells() for row in listed])
+            result["rejects"] = [vars(row) for row in listed]
+        _finish(as_json, result)
         if not found.ok:
             raise ConfigError("the labels are not whole, see above", where=loaded.labels.store, action=found.action)
 
@@ -235,34 +248,6 @@ def _fail(text: str, code: int) -> None:
     sys.exit(code)
 
 
-@contextmanager
-def _screen(as_json: bool, run: str | None = None, overrides: Sequence[str] | None = None) -> Iterator[Screen]:
-    """A screen that ends with the command; where an error's action says RUN, the user's own words take its place."""
-    screen = Screen(json=as_json)
-    try:
-        yield screen
-    except VkdError as error:
-        if run is not None:
-            error.action = re.sub(r"\bRUN\b", lambda _: _words(run, overrides), error.action)
-        raise
-    finally:
-        screen.close()
-
-
-def _words(run: str, overrides: Sequence[str] | None) -> str:
-    """The run as the user named it, to be pasted."""
-    return redact(shlex.join([run, *(overrides or [])]))
-
-
-def _finish(as_json: bool, result: dict[str, Any]) -> None:
-    if as_json:
-        print(redact(json.dumps(result)), flush=True)
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
 def _options(kind: Callable[..., Any], **values: Any) -> Any:
     from pydantic import ValidationError
 
@@ -282,14 +267,6 @@ def _fraction(text: str) -> float:
     if not 0 < fraction <= 1:
         raise ConfigError(f"--limit {text!r} is no share", action="write 1% or 0.01")
     return fraction
-
-
-def _store_of(text: str) -> str:
-    if text.endswith((".yaml", ".yml")):
-        from vkd.run import load_one
-
-        return load_one(text).labels.store
-    return _absolute(text)
 
 
 def _label_json(report: Any) -> dict[str, Any]:

@@ -133,7 +133,9 @@ def label_numbers(examples: pa.Table, classes: Sequence[str]) -> np.ndarray:
 
 
 def _input_fields(run: Run, sampling: Sampling) -> dict[str, Any]:
-    return {
-        "sampling": sampling.model_dump(mode="json"),
-        "data": {"views": run.data.views.policy(), "clips": run.data.clips.model_dump(mode="json")},
+    data = {
+        "views": run.data.views.policy(),
+        "clips": run.data.clips.model_dump(mode="json"),
+        "chunk_size": Manifest.load(run.data.manifest).chunk_size,  # else two manifests of the same rows would share chunk names
     }
+    return {"sampling": sampling.model_dump(mode="json"), "data": data}

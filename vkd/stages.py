@@ -55,7 +55,8 @@ def decode(job: Job, batch: Columns) -> Columns:
     (number,) = batch[ITEM].tolist()
     item, started_s = job.items[number], time.process_time()
     lacks = still_lacking(job, item)
-    examples = job.plan.examples(item.chunk).select([schema.EXAMPLE_ID, schema.URI, schema.START_S, schema.END_S]).to_pylist()
+    wanted = [schema.EXAMPLE_ID, schema.VIDEO_ID, schema.URI, schema.START_S, schema.END_S]
+    examples = job.plan.examples(item.chunk).select(wanted).to_pylist()
     if not lacks:  # another driver was faster: one row tells the next stages so
         examples = examples[:1]
     before_s = guard.here(job.decoding).cpu_s

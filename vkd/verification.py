@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,15 +10,19 @@ import numpy as np
 
 from vkd import planning, schema, stages
 from vkd.errors import StorageError
+from vkd.manifest import Manifest
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.run import Run
+from vkd.store import files
 from vkd.store.encodings import cosine, decode
-from vkd.store.housekeeping import verify_files
+from vkd.store.housekeeping import drop_superseded, label_sets, verify_files
 from vkd.store.labelset import LabelSet, Reject
 from vkd.teachers.base import Teacher
 
 MIN_COSINE = 0.99
+STRAY_AGE_S = 3600.0  # a younger temporary file may be a write in progress
+REJECT_HEADER = ("clip", "from s", "set", "view", "stage", "reason", "", "attempts", "decoder", "message")
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,34 @@ class Verification:
 
 @dataclass(frozen=True)
 class Rejected:
-    """One rejected clip."""
+    """One rejected clip of a view, or a video that the manifest rejected: it has no clip, view, attempts or decoder."""
 
     clip: str
     stage: str
     kind: str
     message: str
+    permanent: bool
+    label_set: str = ""
+    view: int | None = None
+    start_s: float | None = None
+    attempts: int | None = None
+    decoder: str = ""
 
     def cells(self) -> Sequence[str]:
-        return self.clip, self.stage, self.kind, self.message
+        again = "permanent" if self.permanent else "transient"
+        start_s, view, attempts = ("-" if value is None else f"{value:g}" for value in (self.start_s, self.view, self.attempts))
+        return self.clip, start_s, self.label_set or "-", view, self.stage, self.kind, again, attempts, self.decoder or "-", self.message
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """How many files a cleaning deleted."""
+
+    temporaries: int
+    superseded: int
+
+    def __str__(self) -> str:
+        return f"{self.temporaries} files of interrupted writes, {self.superseded} superseded files"
 
 
 def verify(run: Run, num_sampled: int) -> Verification:
@@ -88,9 +112,19 @@ def verify(run: Run, num_sampled: int) -> Verification:
     return Verification(checks, agreement)
 
 
+def clean(run: Run) -> Cleaned:
+    """Delete what interrupted writes left in the run's folders, and files of its store of which nothing counts any more."""
+    places, now_s = (run.labels.store, run.data.manifest, run.output), time.time()
+    strays = {uri for place in places for uri, time_s in files.temporaries(place) if now_s - time_s > STRAY_AGE_S}
+    for uri in strays:
+        files.delete(uri)
+    return Cleaned(len(strays), sum(drop_superseded(label_set) for label_set in label_sets(run.labels.store)))
+
+
 def list_rejects(run: Run) -> list[Rejected]:
-    """Every rejected clip of the teachers' sets, view by view."""
-    plan, found = Plan.of(run), []
+    """Every video that the manifest rejected, and every rejected clip of the teachers' sets, view by view."""
+    plan, rejects = Plan.of(run), Manifest.load(run.data.manifest).rejects().to_pylist()
+    found = [Rejected(row[schema.URI], "manifest", row["kind"], row["message"], row["permanent"]) for row in rejects]
     for alias, spec in planning.label_specs(run, planning.build_teachers(run.recipe.teachers)).items():
         if alias == FRAMES_ALIAS:
             continue
@@ -102,12 +136,23 @@ def list_rejects(run: Run) -> list[Rejected]:
 
 
 def _rejects_of(plan: Plan, label_set: LabelSet, view: int, chunk: Chunk) -> list[Rejected]:
-    table, uris = label_set.read(view, chunk), plan.examples(chunk)[schema.URI].to_pylist()
-    columns = (schema.STATUS, schema.REJECT_STAGE, schema.REJECT_KIND, schema.REJECT_MESSAGE)
-    rows = table.select(columns).to_pylist()
+    examples = plan.examples(chunk).select([schema.URI, schema.START_S]).to_pylist()
+    reasons = (schema.REJECT_STAGE, schema.REJECT_KIND, schema.REJECT_MESSAGE, schema.REJECT_PERMANENT)
+    rows = label_set.read(view, chunk).select([schema.STATUS, *reasons, schema.ATTEMPTS, schema.REJECT_DECODER]).to_pylist()
     return [
-        Rejected(uri, row[schema.REJECT_STAGE], row[schema.REJECT_KIND], row[schema.REJECT_MESSAGE])
-        for uri, row in zip(uris, rows, strict=True)
+        Rejected(
+            example[schema.URI],
+            row[schema.REJECT_STAGE],
+            row[schema.REJECT_KIND],
+            row[schema.REJECT_MESSAGE],
+            row[schema.REJECT_PERMANENT],
+            label_set.spec.name,
+            view,
+            example[schema.START_S],
+            row[schema.ATTEMPTS],
+            row[schema.REJECT_DECODER],
+        )
+        for example, row in zip(examples, rows, strict=True)
         if row[schema.STATUS] == schema.REJECTED
     ]
 
@@ -124,8 +169,10 @@ def _label_again(run: Run, plan: Plan, teacher: Teacher, label_set: LabelSet, nu
         except StorageError:
             continue  # `verify_files` tells of it
         row = int(rng.integers(table.num_rows))
+        if table[schema.STATUS][row].as_py() == schema.REJECTED:
+            continue
         (frames,) = stages.decode_or_reject([stages.clip_of(examples[row], run.data.views, 0)], planning.decoding(run, [teacher.sampling]))
-        if isinstance(frames, Reject) or table[schema.STATUS][row].as_py() == schema.REJECTED:
+        if isinstance(frames, Reject):
             continue
         answered = teacher({schema.FRAMES: frames[0][None]})
         for name in teacher.emits:

@@ -7,9 +7,8 @@ from test_labelset import CHUNKS, fill, make_rows, make_set, store  # noqa: F401
 
 from vkd.errors import LabelsMissing, VkdError
 from vkd.schema import STATUS
-from vkd.store import encodings, files
+from vkd.store import encodings, files, forgotten
 from vkd.store.chunkfile import ChunkRows, Reject, content_digest
-from vkd.store.labelset import FORGET
 
 
 def digests(table):
@@ -66,7 +65,7 @@ def test_a_label_is_not_given_up_for_a_reject(store):  # noqa: F811
 def test_what_was_forgotten_is_not_labelled_again(store):  # noqa: F811
     label_set = make_set(store)
     rows = make_rows(0)
-    label_set.write(0, CHUNKS[0], ChunkRows(rows.example_ids, {1: Reject(FORGET, "forgotten", "taken down", True)}, rows.labels))
+    label_set.write(0, CHUNKS[0], ChunkRows(rows.example_ids, {1: forgotten.REJECT}, rows.labels))
     assert label_set.amend(0, CHUNKS[0], rows_like(0, 5, {}), [0, 1]) == 1
     after = label_set.read(0, CHUNKS[0], verify=True)
     assert after[STATUS].to_pylist() == ["labelled", "rejected", "labelled", "labelled", "labelled"]

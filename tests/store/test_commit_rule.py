@@ -26,7 +26,7 @@ from vkd.errors import LabelsMissing
 from vkd.rounds import Chunk
 from vkd.schema import LABELLED, STATUS, TensorType
 from vkd.store import encodings, files
-from vkd.store.housekeeping import verify_files
+from vkd.store.housekeeping import drop_superseded, verify_files
 from vkd.store.labelset import ChunkRows, LabelSet, LabelSetSpec, Reject
 
 NUM_ROWS = 3  # of a chunk
@@ -165,15 +165,19 @@ class CommitRule(RuleBasedStateMachine):
         with suppress(LabelsMissing):
             self.set.compact(0, chunk.shard, NUM_CHUNKS)
 
+    def clean(self) -> None:
+        drop_superseded(self.set)
+
     def operation(self, kind: str, number: int, rejected: set[int], redone: set[int]) -> Callable[[], None]:
         chunk = self.chunk(number)
         return {
             "write": lambda: self.write(chunk, rejected),
             "amend": lambda: self.amend(chunk, rejected, redone),
             "compact": lambda: self.compact(chunk),
+            "clean": self.clean,
         }[kind]
 
-    operations = st.tuples(st.sampled_from(["write", "amend", "compact"]), st.integers(0, 7), row_sets, row_sets)
+    operations = st.tuples(st.sampled_from(["write", "amend", "compact", "clean"]), st.integers(0, 7), row_sets, row_sets)
 
     @rule(first=operations)
     def alone(self, first: tuple[Any, ...]) -> None:
@@ -289,7 +293,7 @@ class CommitRuleOnObjects(CommitRule):
 
 
 FAST = settings(max_examples=12, stateful_step_count=15)
-LONG = settings(max_examples=400, stateful_step_count=50)
+LONG = settings(max_examples=200, stateful_step_count=50)
 
 
 def run(machine: type[CommitRule], profile: settings) -> None:

@@ -7,8 +7,10 @@ import re
 
 from vkd.errors import ConfigError
 from vkd.store import files
+from vkd.store.chunkfile import Reject
 
-FOLDER = "forgotten"
+FOLDER, STAGE = "forgotten", "forget"
+REJECT = Reject(STAGE, "forgotten", "taken down with vkd labels forget", True)
 
 
 def note(store: str, video_id: str) -> None:

@@ -62,8 +62,7 @@ def verify_files(label_set: LabelSet, view: int, planned: Mapping[Chunk, int]) -
 def drop_superseded(label_set: LabelSet) -> int:
     """Delete the files of a set of which nothing counts any more; how many. They stay while what replaced them is damaged."""
     dropped = 0
-    for view, shard in [(v, name) for v in label_set.views() for name in layout.shards_of(label_set.uri, v)]:
-        folder = layout.folder_of(label_set.uri, view, shard)
+    for view, shard, folder in layout.folders_of(label_set.uri):
         listed = layout.list_shard(folder)
         for name in listed.superseded:
             behind = [listed.chunks[name][0]] if name in listed.chunks else [info.index for info in listed.compacted]
@@ -96,22 +95,25 @@ def inventory(store: str) -> list[Kept]:
 
 
 def _kept(label_set: LabelSet) -> Kept:
-    views, chunks, infos = label_set.views(), 0, []
-    for view, shard in [(v, name) for v in views for name in layout.shards_of(label_set.uri, v)]:
-        folder = layout.folder_of(label_set.uri, view, shard)
+    chunks, infos = 0, list[tuple[str, int, float]]()
+    for _, _, folder in layout.folders_of(label_set.uri):
         infos += files.list_infos(folder)
         chunks += len(layout.list_shard(folder).sources)
     newest_s = max((time_s for _, _, time_s in infos), default=None)
     name = label_set.uri.rsplit("/", 1)[-1]
-    return Kept(name, document.described(label_set.spec), len(views), chunks, sum(size for _, size, _ in infos), newest_s)
+    return Kept(name, document.described(label_set.spec), len(label_set.views()), chunks, sum(size for _, size, _ in infos), newest_s)
 
 
-def remove(store: str, name: str) -> None:
-    """Delete a label set. Raises ConfigError when the name is not that of a label set of the store."""
-    names = [label_set.uri.rsplit("/", 1)[-1] for label_set in label_sets(store)]
-    if name not in names:
-        raise ConfigError(f"{name!r} is no label set", where=store, action=f"name one of {', '.join(names)}")
-    uri = files.join(store, name)
-    for view in layout.views_of(uri):
-        files.delete(files.join(uri, f"view={view}"))
-    files.delete(uri)  # labelset.json last: who is interrupted can remove the rest
+def find(store: str, name: str) -> LabelSet:
+    """A label set of a store by its name. Raises ConfigError when it has none of that name."""
+    sets = {label_set.uri.rsplit("/", 1)[-1]: label_set for label_set in label_sets(store)}
+    if name not in sets:
+        raise ConfigError(f"{name!r} is no label set", where=store, action=f"name one of {', '.join(sets)}")
+    return sets[name]
+
+
+def remove(label_set: LabelSet) -> None:
+    """Delete a label set; labelset.json goes last, so that who is interrupted can remove the rest."""
+    for view in label_set.views():
+        files.delete(files.join(label_set.uri, f"view={view}"))
+    files.delete(label_set.uri)

@@ -23,7 +23,7 @@ import pyarrow as pa
 from vkd.errors import LabelsMismatch, LabelsMissing, StorageError, VkdError
 from vkd.rounds import Chunk
 from vkd.schema import EXAMPLE_ID, LABELLED, REJECT_STAGE, STATUS, Columns, TensorType
-from vkd.store import chunkfile, document, encodings, files, layout
+from vkd.store import chunkfile, document, encodings, files, forgotten, layout
 from vkd.store.chunkfile import ChunkInfo, ChunkRows, LabelSetSpec, Reject
 from vkd.store.layout import ALL, DOCUMENT, ShardFiles, Source
 
@@ -32,7 +32,6 @@ __all__ = ["DOCUMENT", "ChunkRows", "LabelSet", "LabelSetSpec", "Reject", "Summa
 MIN_PROBE_COSINE = 0.999
 LISTINGS = 3  # how often a shard that changes meanwhile is listed again
 NUM_READERS = 16  # concurrent footer reads: they wait for storage, not for a core
-FORGET = "forget"  # the stage of rows that were taken down: they are never labelled again
 Result = TypeVar("Result")
 
 
@@ -124,7 +123,7 @@ class LabelSet:
             if stored[EXAMPLE_ID].to_pylist() != list(rows.example_ids):
                 raise VkdError("the rows are not those of the stored chunk", where=f"{chunk.shard}/{chunk.index}", action="report this")
             was, stages = stored[STATUS].to_pylist(), stored[REJECT_STAGE].to_pylist()
-            return [row for row in redone if stages[row] != FORGET and (now[row] == LABELLED or was[row] != LABELLED)]
+            return [row for row in redone if stages[row] != forgotten.STAGE and (now[row] == LABELLED or was[row] != LABELLED)]
 
         return self._replace(view, chunk, fresh, better)
 
@@ -134,12 +133,11 @@ class LabelSet:
         The earlier attempts stay until they are deleted. Raises LabelsMissing when the chunk was never committed.
         """
         ids = self.read(view, chunk, ())[EXAMPLE_ID].to_pylist()
-        gone = Reject(FORGET, "forgotten", "taken down with vkd labels forget", True)
-        fresh = chunkfile.to_table(ChunkRows(ids, dict.fromkeys(range(len(ids)), gone), {}), self.spec)
+        fresh = chunkfile.to_table(ChunkRows(ids, dict.fromkeys(range(len(ids)), forgotten.REJECT), {}), self.spec)
 
         def remaining(stored: pa.Table) -> list[int]:
             stages = stored[REJECT_STAGE].to_pylist()
-            return [row for row, example_id in enumerate(ids) if example_id in example_ids and stages[row] != FORGET]
+            return [row for row, example_id in enumerate(ids) if example_id in example_ids and stages[row] != forgotten.STAGE]
 
         return self._replace(view, chunk, fresh, remaining)
 
@@ -203,8 +201,9 @@ class LabelSet:
 
     def newest_times(self, count: int = 200) -> list[float]:
         """When the newest chunk files were committed, ascending, in seconds since 1970."""
-        folders = [layout.folder_of(self.uri, view, shard) for view in self.views() for shard in layout.shards_of(self.uri, view)]
-        return sorted(time for folder in folders for name, _, time in files.list_infos(folder) if layout.is_chunk(name))[-count:]
+        return sorted(
+            time for _, _, folder in layout.folders_of(self.uri) for name, _, time in files.list_infos(folder) if layout.is_chunk(name)
+        )[-count:]
 
     def _listed(self, view: int, shard: str) -> ShardFiles:
         return layout.list_shard(layout.folder_of(self.uri, view, shard))

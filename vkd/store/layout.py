@@ -58,6 +58,11 @@ def shards_of(uri: str, view: int) -> list[str]:
     return files.list_names(files.join(uri, f"view={view}"))
 
 
+def folders_of(uri: str) -> list[tuple[int, str, str]]:
+    """(view, shard, folder) of every shard's folder in a label set."""
+    return [(view, shard, folder_of(uri, view, shard)) for view in views_of(uri) for shard in shards_of(uri, view)]
+
+
 def views_of(uri: str) -> list[int]:
     """Numbers of the views that have a folder."""
     return sorted(int(found[1]) for name in files.list_names(uri) if (found := _VIEW_NAME.fullmatch(name)))
