@@ -1,4 +1,4 @@
-"""What chaos_label.py finds in a store in the end: counts against the plan, and labels against those of a quiet run."""
+"""The run of chaos_label.py, and what is found in its store in the end: counts against the plan, labels against those of a quiet run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from measure import corpus
 
 from vkd import labelling, planning, stages
 from vkd.planning import Plan
@@ -18,6 +19,29 @@ from vkd.stages import ITEM, Item
 from vkd.store.encodings import cosine, decode
 from vkd.store.labelset import LabelSet
 from vkd.teaching import Teach
+
+DECODE_WORKERS, TEACHER_ACTORS = 2, 1
+
+
+def tree_of(folder: Path) -> dict[str, Any]:
+    """A run of small chunks: one second of each clip, two frames for the teacher."""
+    return {
+        "name": "chaos",
+        "output": str(folder / "out"),
+        "data": {
+            "manifest": str(folder / "manifest"),
+            "allow": [str(corpus())],
+            "clips": {"plan": "windows", "length_s": 1.0},
+            "keep_frames": "jpeg",
+        },
+        "labels": {"store": str(folder / "labels")},
+        "recipe": {
+            "name": "kd",
+            "teacher": {"name": "efficientnet_lite", "num_frames": 2},
+            "student": {"name": "shift_cnn", "num_frames": 2, "size_px": 32},
+        },
+        "compute": {"decode": {"workers": DECODE_WORKERS}, "teacher": {"actors": TEACHER_ACTORS}},
+    }
 
 
 def counts(run: Run) -> dict[str, int]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from chaos_check import compared, counts
+from chaos_check import DECODE_WORKERS, TEACHER_ACTORS, compared, counts, tree_of
 from chaos_cluster import NUM_CPUS, Cluster, kill
 from measure import arguments, corpus, finish
 
@@ -42,7 +43,6 @@ import psutil  # isort: skip
 
 VKD = Path(sys.executable).with_name("vkd")
 KINDS = ("driver", "decode child", "decode worker", "teacher actor", "raylet", "head")
-DECODE_WORKERS, TEACHER_ACTORS = 2, 1
 IN_FLIGHT = 4 * (DECODE_WORKERS + TEACHER_ACTORS)  # what labelling bounds the object store to, in chunks
 SILENCE_S = 300.0  # without a new chunk: something hangs
 HEAD_GONE_S = 120.0  # for the driver to notice
@@ -225,6 +225,8 @@ class Chaos:
 def main() -> None:
     options = arguments("vkd label under fire", kills=50, seed=0, clips="wagon", compare=0, keep=0)
     folder = Path(tempfile.mkdtemp(prefix="vkd-chaos-"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("stopped"))  # through what follows, which leaves nothing behind
     try:
         finish(chaos(folder, options), options.json)
     finally:
@@ -267,27 +269,6 @@ def chaos(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "in_flight": IN_FLIGHT,
         "bound": IN_FLIGHT * options.kills,
         **compared(run, folder / "again", NUM_CPUS // TEACHER_ACTORS, options.compare),
-    }
-
-
-def tree_of(folder: Path) -> dict[str, Any]:
-    """A run of small chunks: one second of each clip, two frames for the teacher."""
-    return {
-        "name": "chaos",
-        "output": str(folder / "out"),
-        "data": {
-            "manifest": str(folder / "manifest"),
-            "allow": [str(corpus())],
-            "clips": {"plan": "windows", "length_s": 1.0},
-            "keep_frames": "jpeg",
-        },
-        "labels": {"store": str(folder / "labels")},
-        "recipe": {
-            "name": "kd",
-            "teacher": {"name": "efficientnet_lite", "num_frames": 2},
-            "student": {"name": "shift_cnn", "num_frames": 2, "size_px": 32},
-        },
-        "compute": {"decode": {"workers": DECODE_WORKERS}, "teacher": {"actors": TEACHER_ACTORS}},
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,3 +97,60 @@ class Counts(TinyTeacher):
 
     def labels(self, frames: np.ndarray) -> Columns:
         return {"counts": super().labels(frames)["logits"].astype(np.int32)}
+
+
+class RaisesAtBlack(TinyTeacher):
+    """Raises when there is a black clip among those it is asked about."""
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        if not frames.any(axis=(1, 2, 3, 4)).all():
+            raise ZeroDivisionError("no light")
+        return super().labels(frames)
+
+
+class RaisesAtBatches(TinyTeacher):
+    """Takes one clip at a time only."""
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        if len(frames) > 1:
+            raise RuntimeError("too many")
+        return super().labels(frames)
+
+
+class RaisesAtClips(TinyTeacher):
+    """Answers its probe only."""
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        if not np.array_equal(frames, self.probe_batch()[FRAMES]):
+            raise KeyError("no such layer")
+        return super().labels(frames)
+
+
+class Constant(TinyTeacher):
+    """Says of every clip what it says of its probe."""
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        return super().labels(np.repeat(self.probe_batch()[FRAMES], len(frames), axis=0))
+
+
+class Collapsed(TinyTeacher):
+    """Its embedding hardly depends on the clip; its logits do."""
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        answers = super().labels(frames)
+        return answers | {"embedding": 1 + 1e-6 * answers["embedding"]}
+
+
+class Dies(TinyTeacher):
+    """Ends its process when it is asked about clips, as often as `times` says, counted by files in `folder`."""
+
+    def __init__(self, folder: str, times: int) -> None:
+        super().__init__()
+        self.folder, self.times = Path(folder), times
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        deaths = len(list(self.folder.iterdir()))
+        if deaths < self.times and not np.array_equal(frames, self.probe_batch()[FRAMES]):
+            (self.folder / str(deaths)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().labels(frames)

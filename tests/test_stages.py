@@ -14,7 +14,7 @@ import small
 
 from vkd import planning, stages
 from vkd.clips import Clip, ViewPolicy
-from vkd.errors import LabelsMismatch, LabelsMissing, StorageError, TeacherError
+from vkd.errors import StorageError
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.run import Run
@@ -114,28 +114,6 @@ def test_labels_are_what_the_teacher_says_of_the_frames(labelled: Run) -> None:
             np.testing.assert_allclose(decode(table, name), expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_the_last_stage_gives_only_statistics(run: Run) -> None:
-    job = small.job_of(run)
-    batch = small.decoded(job)
-    between = Teach(job, "teacher", 1, last=False)(batch)
-    assert set(between) == set(batch)
-    stats = stats_of(Teach(job, "teacher", 1, last=True)(batch))
-    assert (stats["labelled"], stats["rejected"]) == (5, {})
-    assert stats["decode_s"] > 0
-    assert stats["teach_s"]["teacher"] >= 0
-    assert stats["fidelity"]["teacher.logits"]["cosine_min"] == pytest.approx(1)
-
-
-def test_the_set_keeps_the_probe_and_the_fidelity(run: Run) -> None:
-    job = small.job_of(run)
-    Teach(job, "teacher", 1, last=True)
-    label_set = LabelSet.open(job.store, job.specs["teacher"])
-    teacher = fakes.TinyTeacher()
-    np.testing.assert_allclose(label_set.probe["embedding"], teacher(teacher.probe_batch())["embedding"], rtol=1e-5)
-    assert set(label_set.fidelity) == {"logits", "embedding"}
-    assert {"torch", "python"} <= set(label_set.recorded)
-
-
 def test_only_what_lacks_is_made(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     small.label(small.changed(run, "data.keep_frames=none"))
     job = small.job_of(run)
@@ -174,21 +152,6 @@ def test_a_clip_is_a_view_of_an_example(run: Run) -> None:
     assert len({stages.clip_of(example, ViewPolicy(seed=seed), k).key for seed in (0, 1) for k in (0, 1)}) == 4
 
 
-def test_rows_that_are_not_finite_are_rejected(run: Run) -> None:
-    job = small.label(small.changed(run, "recipe.teacher='fakes:NotFinite'"))
-    table = read(job, "teacher", 0)
-    assert table[STATUS].to_pylist() == [LABELLED] + [REJECTED] * 4
-    assert set(zip(table["reject_stage"].to_pylist(), table["reject_kind"].to_pylist(), strict=True)) == {
-        (None, None),
-        ("teach", "not_finite"),
-    }
-    assert np.isfinite(decode(table, "logits")).all()
-    assert read(job, FRAMES_ALIAS, 0)[STATUS].to_pylist() == [LABELLED] * 5
-    small.chunk_files(run, "teacher")[0].unlink()
-    stats = stats_of(Teach(job, "teacher", 1, last=True)(small.decoded(job)))
-    assert (stats["labelled"], stats["rejected"]) == (1, {"not_finite": 4})
-
-
 def test_a_chunk_without_one_good_row_is_still_committed(spoiled: Run) -> None:
     teachers = planning.build_teachers(spoiled.recipe.teachers)
     chunk = Plan.of(spoiled).chunks[2]  # all of it is b_dull
@@ -198,68 +161,3 @@ def test_a_chunk_without_one_good_row_is_still_committed(spoiled: Run) -> None:
         table = label_set.read(0, chunk, verify=True)
         assert table[STATUS].to_pylist() == [REJECTED] * 5
         assert label_set.summary(0).rejects == {"not_a_video": 8}
-
-
-def test_a_teacher_is_not_asked_about_rejected_rows(spoiled: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = small.job_of(small.changed(spoiled, f"labels.store={tmp_path}", "data.keep_frames=none"))
-    teach = Teach(job, "teacher", 1, last=True)
-    asked: list[int] = []
-    answer = fakes.TinyTeacher.labels
-
-    def counted(self: fakes.TinyTeacher, frames: np.ndarray) -> Columns:
-        asked.append(len(frames))
-        return answer(self, frames)
-
-    monkeypatch.setattr(fakes.TinyTeacher, "labels", counted)
-    stats = [stats_of(teach(small.decoded(job, number))) for number in range(5)]
-    assert asked == [5, 3, 4, 4]
-    assert [s["rejected"].get("not_a_video", 0) for s in stats] == [0, 2, 5, 1, 0]
-    assert sum(s["labelled"] for s in stats) == 16
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("WrongShape", "values have shape"), ("Silent", "teacher: gives no 'logits', which it says it emits")],
-)
-def test_a_teacher_that_breaks_its_contract_labels_nothing(run: Run, name: str, message: str) -> None:
-    job = small.job_of(small.changed(run, f"recipe.teacher='fakes:{name}'", "data.keep_frames=none"))
-    with pytest.raises(TeacherError, match=message) as raised:
-        Teach(job, "teacher", 1, last=True)
-    assert raised.value.exit_code == 2
-    with pytest.raises(LabelsMissing):
-        missing(job, "teacher")
-
-
-def test_labels_of_another_shape_are_refused(run: Run) -> None:
-    job = small.job_of(small.changed(run, "recipe.teacher='fakes:WrongOnClips'"))
-    teach = Teach(job, "teacher", 1, last=True)
-    with pytest.raises(TeacherError, match=r"teacher: logits has shape \(5, 4\), not \(5,\) a row -> mend emits"):
-        teach(small.decoded(job))
-    assert len(missing(job, "teacher")) == 5
-
-
-def test_a_node_with_other_weights_is_refused(run: Run, tmp_path: Path) -> None:
-    weights = tmp_path / "weights"
-    weights.write_text("the driver's")
-    job = small.job_of(small.changed(run, f"recipe.teacher={{name: 'fakes:TinyTeacher', weights: {weights}}}"))
-    Teach(job, "teacher", 1, last=True)
-    weights.write_text("another")
-    with pytest.raises(TeacherError, match="other weight files than the driver"):
-        Teach(job, "teacher", 1, last=True)
-
-
-def test_a_node_that_computes_something_else_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = small.job_of(run)
-    Teach(job, "teacher", 1, last=True)
-    answer = fakes.TinyTeacher.labels
-    monkeypatch.setattr(fakes.TinyTeacher, "labels", lambda self, frames: {k: v + 1 for k, v in answer(self, frames).items()})
-    with pytest.raises(LabelsMismatch, match=r"probe of .* differs"):
-        Teach(job, "teacher", 1, last=True)
-
-
-def test_whole_numbers_are_stored_as_they_are(run: Run) -> None:
-    job = small.label(small.changed(run, "labels.encodings={}", "recipe.teacher='fakes:Counts'", "data.keep_frames=none"))
-    counts = decode(read(job, "teacher", 0), "counts")
-    assert isinstance(counts, np.ndarray)
-    assert counts.dtype == np.int32
-    assert counts.any()

@@ -210,17 +210,16 @@ def worker_errors() -> Iterator[None]:
         cause = _cause(error) if isinstance(error, RayError | RayTrainError) else None
         if isinstance(cause, VkdError):
             raise cause from None
-        if isinstance(cause, LOST):
-            raise _lost(cause) from error
+        if isinstance(error, LOST):
+            raise _lost(error) from error
         raise
 
 
 def _lost(error: BaseException) -> VkdError:
-    """What to tell of processes that died, and died again when Ray had started them anew."""
+    """What to tell of a process that died, and died again when Ray had started it anew."""
     whose = "a teacher's" if "_TeachStage" in str(error) else "a worker's"
-    why = next((line.strip() for line in str(error).splitlines() if "memory" in line.lower()), str(error).splitlines()[0])
-    what = f"{whose} process died again and again, and is not started any more: {why}"
-    return VkdError(what, action="look for the cause in Ray's logs; what is committed is kept: run the same command again to go on")
+    action = "look for the cause in Ray's logs, often too little memory; what is committed is kept: run the same command again to go on"
+    return VkdError(f"{whose} process died again and again, and is not started any more", action=action)
 
 
 def _drop_iterators(error: BaseException | None) -> None:

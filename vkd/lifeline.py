@@ -43,7 +43,7 @@ def _answers(family: socket.AddressFamily, address: str | tuple[str, int]) -> bo
         connection.settimeout(PERIOD_S)
         try:
             connection.connect(address)
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):  # its queue is full
             return True
         except OSError:
             return False

@@ -21,7 +21,8 @@ from vkd.store.labelset import LabelSet, Reject
 LOGITS = "logits"
 THUMBNAIL_PX = 32
 MIN_CLIPS = 8  # that look different, before outputs are judged
-MIN_INPUT_SPREAD, MIN_LABEL_SPREAD = 0.02, 1e-4  # clips that look alike may well have labels that are
+MIN_PIXEL_RMS = 4.0  # of 255: clips that differ less look alike, and so may their labels
+MIN_LABEL_SPREAD = 1e-4
 # what a teacher's code may raise; VkdError is none of them and goes through
 RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
 
@@ -144,13 +145,13 @@ class _FirstClips:
         self.seen |= {row.tobytes() for row in seen}
         self.inputs.add(seen[new])
         for name, spread in self.labels.items():
-            spread.add(labels[name][new].reshape(len(new), -1))
-        if len(self.seen) < MIN_CLIPS or self.inputs.value < MIN_INPUT_SPREAD:
+            spread.add(labels[name].reshape(len(seen), -1)[new])
+        if len(self.seen) < MIN_CLIPS or self.inputs.rms < MIN_PIXEL_RMS:
             return
         self.judged = True
         for name, spread in self.labels.items():
-            if spread.value < MIN_LABEL_SPREAD:
-                what = f"{name} is the same for {len(self.seen)} clips that look different (relative spread {spread.value:.1g})"
+            if spread.relative < MIN_LABEL_SPREAD:
+                what = f"{name} is the same for {len(self.seen)} clips that look different (relative spread {spread.relative:.1g})"
                 action = "check its weights and its preprocessing; a teacher must tell clips apart"
                 raise TeacherError(what, where=self.alias, action=action)
 

@@ -10,7 +10,8 @@ from vkd.errors import LabelsMissing
 from vkd.planning import Plan
 from vkd.rounds import Chunk
 from vkd.stages import Item
-from vkd.store.labelset import FORGET, LabelSet, LabelSetSpec
+from vkd.store import forgotten
+from vkd.store.labelset import LabelSet, LabelSetSpec
 
 REJECT_COLUMNS = (schema.REJECT_STAGE, schema.REJECT_KIND, schema.REJECT_PERMANENT)
 
@@ -22,7 +23,7 @@ class Retry:
     reason: str | None = None
 
     def wants(self, reject: Mapping[str, object]) -> bool:
-        if reject[schema.REJECT_STAGE] in (None, FORGET):
+        if reject[schema.REJECT_STAGE] in (None, forgotten.STAGE):
             return False
         if self.reason is not None:
             return bool(reject[schema.REJECT_KIND] == self.reason)

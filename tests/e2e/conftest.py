@@ -7,6 +7,7 @@ import os
 os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ def local_ray() -> Iterator[None]:
 
     from vkd import cluster
 
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # workers import the fakes of tests/
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     cluster._quieten()
     yield

@@ -39,24 +39,29 @@ def pooled(a: Mapping[str, float], b: Mapping[str, float]) -> Statistics:
 
 
 class Spread:
-    """How far rows lie from their mean, as a share of their length: 0 when all are equal. Takes rows as they come."""
+    """How far rows lie from their mean. Takes rows as they come; exact also where they hardly differ (Welford's way)."""
 
     def __init__(self) -> None:
-        self._count, self._mean_square = 0, 0.0
-        self._mean: np.ndarray | None = None
-        self._deviation = 0.0  # sum of squared distances from the mean
+        self._count, self._squares, self._deviations = 0, 0.0, 0.0
+        self._mean = np.zeros(0)
 
     def add(self, rows: Num[np.ndarray, "n d"]) -> None:
         for row in rows.astype(np.float64):
             self._count += 1
-            self._mean_square += (float(row @ row) - self._mean_square) / self._count
-            before = row if self._mean is None else row - self._mean
-            self._mean = row if self._mean is None else self._mean + before / self._count
-            self._deviation += float(before @ (row - self._mean))  # Welford: exact also where rows hardly differ
+            self._squares += float(row @ row)
+            before = row - self._mean if self._count > 1 else np.zeros_like(row)
+            self._mean = self._mean + before / self._count if self._count > 1 else row
+            self._deviations += float(before @ (row - self._mean))
 
     @property
-    def value(self) -> float:
-        return float(np.sqrt(max(self._deviation, 0.0) / self._count / self._mean_square)) if self._mean_square else 0.0
+    def rms(self) -> float:
+        """Root of the mean squared deviation, over all values."""
+        return float(np.sqrt(self._deviations / max(1, self._count * self._mean.size)))
+
+    @property
+    def relative(self) -> float:
+        """The deviation as a share of the rows' length: 0 when all rows are equal."""
+        return float(np.sqrt(self._deviations / self._squares)) if self._squares else 0.0
 
 
 def _entropy_nats(logits: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
