@@ -20,7 +20,7 @@ from clipmaker import make_clip
 from vkd.clips import Clip, Sampling, View
 from vkd.errors import StorageError, VideoError, VkdError
 from vkd.store import files
-from vkd.video import guard
+from vkd.video import guard, process
 from vkd.video.access import Access
 from vkd.video.decode import decode_clip, probe, probe_full
 from vkd.video.guard import Guard
@@ -120,6 +120,56 @@ def test_a_decoder_that_was_chosen_gets_one_try_and_all_of_the_time(stub: Guard,
     (error,) = chosen.decode(named(clip, "segfaults"))
     assert isinstance(error, VideoError)
     assert (error.kind, chosen.attempts) == ("crash", 1)
+
+
+def test_a_clip_is_not_blamed_for_what_the_one_before_left(stub: Guard, clip: Clip) -> None:
+    chosen = Guard(replace(stub.settings, backend="pyav"))
+    before, harmed = chosen.decode(named(clip, "fine", "harmed"))
+    assert not isinstance(before, VideoError) and not isinstance(harmed, VideoError)
+    assert chosen.attempts == 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "pyav"])
+def test_a_decoder_that_says_it_lacks_memory_is_believed_in_a_fresh_child_only(stub: Guard, clip: Clip, backend: str) -> None:
+    decoder = Guard(replace(stub.settings, backend=backend))
+    _, error, after = decoder.decode(named(clip, "fine", "enomem", "fine"))
+    assert isinstance(error, VideoError) and not isinstance(after, VideoError)
+    assert (error.kind, error.permanent) == ("out_of_memory", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("babbles", "crash"), ("nests", "crash"), ("stammers", "deadline"), ("spoils_clock", "deadline"), ("shrinks", None)]
+)
+def test_a_child_that_lies_cannot_hold_or_crash_its_parent(
+    stub: Guard, clip: Clip, monkeypatch: pytest.MonkeyPatch, name: str, kind: str | None
+) -> None:
+    monkeypatch.setattr(process, "MESSAGE_S", 1)
+    monkeypatch.setattr(process, "EXIT_S", 0.5)
+    chosen = Guard(replace(stub.settings, backend="pyav"))
+    found, after = chosen.decode(named(clip, name, "fine"))
+    assert (found.kind if isinstance(found, VideoError) else None) == kind
+    assert not isinstance(after, VideoError)
+    np.testing.assert_array_equal(after[0], decode_clip(clip, SAMPLINGS, "pyav")[0])
+
+
+def test_one_request_that_storage_never_answers_is_a_storage_error(stub: Guard, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PATIENCE_S", 0.5)
+    with pytest.raises(StorageError, match="no answer for"):
+        list(stub.decode(named(clip, "waits_for_ever")))
+
+
+def test_more_clips_than_one_request_holds(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MAX_REQUEST_CLIPS", 3)
+    assert sum(not isinstance(each, VideoError) for each in Guard(Settings(SAMPLINGS)).decode([clip] * 7)) == 7
+
+
+def test_a_probe_is_tried_again_when_its_child_was_killed(clip: Clip) -> None:
+    prober = Guard(Settings())
+    info = prober.probe(clip.uri)
+    assert prober._child is not None
+    os.kill(prober._child.process.pid, signal.SIGSTOP)  # so that it is asked before it ends
+    threading.Timer(0.2, os.kill, (prober._child.process.pid, signal.SIGKILL)).start()
+    assert prober.probe(clip.uri) == info
 
 
 def test_waiting_for_storage_does_not_count(stub: Guard, clip: Clip) -> None:

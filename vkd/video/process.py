@@ -132,12 +132,11 @@ class Process:
 
     def _ended(self, uri: str) -> ChildEnded:
         """Why the child is gone."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(EXIT_S)
-        self.process.kill()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(EXIT_S)
-        code = self.process.returncode if self.process.returncode is not None else -signal.SIGKILL
+        try:
+            code = self.process.wait(EXIT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self._blamed(ChildEnded("deadline", "the decoder's process stopped answering", where=uri, permanent=False))
         self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - 2000))
         words = " ".join(self.stderr.read().decode(errors="replace").split())[-200:]
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
