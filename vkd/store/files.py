@@ -133,10 +133,10 @@ def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
     try:
         info(fs, path)  # `fs.exists` takes some failures for a no
-    except FileNotFoundError as error:
-        if faults.is_missing(error):
-            return False
-        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if isinstance(error, FileNotFoundError) and not faults.is_missing(error):
+            raise
+        return False
     return True
 
 
