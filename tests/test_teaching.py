@@ -77,6 +77,7 @@ def test_rows_that_are_not_finite_are_rejected(run: Run) -> None:
     }
     assert np.isfinite(decode(table, "logits")).all()
     assert read(job, FRAMES_ALIAS, 0)[STATUS].to_pylist() == [LABELLED] * 5
+    small.chunk_files(run, "teacher")[0].unlink()
     stats = stats_of(Teach(job, "teacher", 1, last=True)(small.decoded(job)))
     assert (stats["labelled"], stats["rejected"]) == (1, {"not_finite": 4})
 

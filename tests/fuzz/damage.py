@@ -35,7 +35,9 @@ def write_sources(clips: Sequence[Path], folder: Path) -> list[Path]:
 
 def _encoded(source: Path, target: Path, codec: str, num_frames: int = 15) -> Path:
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
-        stream = new.add_stream(codec, rate=25, options={"threads": "1", "x265-params": "log-level=none"} if codec == "libx265" else {"threads": "1"})
+        stream = new.add_stream(
+            codec, rate=25, options={"threads": "1", "x265-params": "log-level=none"} if codec == "libx265" else {"threads": "1"}
+        )
         stream.width, stream.height = 96, 64
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for index, frame in zip(range(num_frames), old.decode(video=0), strict=False):

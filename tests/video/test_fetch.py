@@ -12,6 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 from clipmaker import make_clip
+from fault_proxy import INTERNAL_ERROR, RESET, SLOW_DOWN, Fault, FaultProxy, free_port
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from vkd.clips import Clip, Sampling, View
@@ -114,6 +115,41 @@ def test_the_storage_is_to_blame_for_the_rest(memory_uri: str, error: OSError, m
         pass
 
 
+def test_a_file_that_is_refused_is_a_reject(memory_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> bytes:
+        raise PermissionError("403")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "cat_file", refused)
+    with pytest.raises(VideoError, match="may not be read") as raised, fetch.opened(memory_uri):
+        pass
+    assert (raised.value.kind, raised.value.permanent) == ("forbidden", False)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [(Fault("answer", 404), "missing"), (Fault("answer", 410), "missing"), (Fault("answer", 403), "forbidden")],
+)
+def test_what_a_web_server_says_of_one_video_is_a_reject(fault: Fault, kind: str) -> None:
+    with (
+        FaultProxy(free_port(), lambda _: fault) as server,
+        pytest.raises(VideoError) as raised,
+        fetch.opened(f"http://127.0.0.1:{server.port}/video.mp4"),
+    ):
+        pass
+    assert raised.value.kind == kind
+
+
+@pytest.mark.parametrize("fault", [INTERNAL_ERROR, SLOW_DOWN, Fault("answer", 429), RESET])
+def test_a_web_server_in_trouble_is_the_storage(fault: Fault) -> None:
+    with (
+        FaultProxy(free_port(), lambda _: fault) as server,
+        pytest.raises(StorageError) as raised,
+        fetch.opened(f"http://127.0.0.1:{server.port}/video.mp4"),
+    ):
+        pass
+    assert raised.value.passing
+
+
 def test_errors_while_reading_are_told_apart_too(memory_uri: str) -> None:
     with pytest.raises(StorageError), fetch.opened(memory_uri):
         raise ConnectionResetError("in the middle of a range read")
@@ -132,9 +168,9 @@ def test_an_unreachable_s3_endpoint_is_a_storage_error(monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_file_is_a_storage_error(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_a_reject(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"x")
     path.chmod(0)
-    with pytest.raises(StorageError), fetch.opened(str(path)):
+    with pytest.raises(VideoError, match="may not be read"), fetch.opened(str(path)):
         pass

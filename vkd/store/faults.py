@@ -87,6 +87,11 @@ def hides_its_reason(error: BaseException) -> bool:
     return status in (400, 401, 403) and code == str(status)
 
 
+def is_out_of_range(error: BaseException) -> bool:
+    """Whether bytes were asked for that the file does not have."""
+    return _answer(error)[0] == 416
+
+
 def told(uri: str, error: BaseException) -> StorageError:
     """What a file system raised about a uri, as the error of the storage that says who must act."""
     status, code = _answer(error)

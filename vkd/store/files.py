@@ -23,12 +23,12 @@ from vkd.store.faults import UNREACHABLE
 
 TEMPORARY = ".tmp"
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 15  # the second between two arrivals of bytes, not for all of them
-# botocore tries a request three times, quickly and in silence; all longer waiting is done by `patiently`
+# botocore tries a request twice, quickly and in silence; all longer waiting is done by `patiently`
 S3_OPTIONS = {
     "config_kwargs": {
         "connect_timeout": CONNECT_TIMEOUT_S,
         "read_timeout": READ_TIMEOUT_S,
-        "retries": {"mode": "standard", "total_max_attempts": 3},
+        "retries": {"mode": "standard", "total_max_attempts": 2},
         # S3-compatible servers answer a range with the checksum of the whole object; label files carry digests of their own
         "response_checksum_validation": "when_required",
     },
@@ -151,7 +151,12 @@ def _put_object(fs: fsspec.AbstractFileSystem, path: str, data: bytes, new: bool
 def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     """Bytes of a file, all or a range (a negative start counts from the end). Raises FileNotFoundError when there is none."""
     fs, path = filesystem(uri)
-    data: bytes = fs.cat_file(path, start=start, end=end)
+    try:
+        data: bytes = fs.cat_file(path, start=start, end=end)
+    except UNREACHABLE as error:
+        if start is None or start >= 0 or not faults.is_out_of_range(error):
+            raise
+        data = fs.cat_file(path)  # shorter than the range: most servers then give all of it, some refuse
     return data
 
 
@@ -160,11 +165,11 @@ def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     fs, path = filesystem(uri)
     try:
-        fs.info(path)  # file systems say of failures too that they "do not exist"
-    except FileNotFoundError as error:
-        if faults.is_missing(error):
-            return False
-        raise
+        info(fs, path)  # `fs.exists` takes some failures for a no
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if isinstance(error, FileNotFoundError) and not faults.is_missing(error):
+            raise
+        return False
     return True
 
 
@@ -225,11 +230,22 @@ def delete(uri: str) -> None:
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a uri, and the path in it."""
-    options = OPTIONS.get(uri.partition("://")[0], {})
-    fs, path = fsspec.core.url_to_fs(uri, **options)
-    if options is S3_OPTIONS:
+    protocol = uri.partition("://")[0]
+    fs, path = fsspec.core.url_to_fs(uri, **OPTIONS.get(protocol, {}))
+    if protocol in ("s3", "s3a"):
         fs.retries = NUM_S3FS_TRIES
     return fs, path
+
+
+def info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    """What a file system tells of a file; what it raises says why."""
+    try:
+        told: dict[str, Any] = fs.info(path)
+    except UNREACHABLE as error:
+        if faults.hides_its_reason(error):
+            fs.cat_file(path, start=0, end=1)  # raises the same with its reason
+        raise
+    return told
 
 
 @contextmanager

@@ -51,6 +51,8 @@ def verify_files(label_set: LabelSet, view: int, planned: Mapping[Chunk, int]) -
         except LabelsMissing:
             lacking.append(chunk)
         except StorageError as error:
+            if error.passing:
+                raise
             corrupt.append(str(error))
         else:
             statuses.update(table[STATUS].to_pylist())

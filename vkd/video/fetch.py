@@ -7,9 +7,8 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from vkd.errors import VideoError
@@ -41,7 +40,8 @@ def opened(uri: str, access: Access = EVERYTHING) -> Iterator[str | BinaryIO]:
 
 def _open(resolved: str, uri: str, access: Access) -> str | BinaryIO:
     fs, path = files.filesystem(resolved)
-    info = _info(fs, path, access)
+    with METER.request(access.max_requests_per_s):
+        info = files.info(fs, path)
     if info["type"] == "directory":
         raise VideoError("not_a_video", "it is a folder", where=uri)
     size_bytes = info["size"]
@@ -65,18 +65,6 @@ def _open(resolved: str, uri: str, access: Access) -> str | BinaryIO:
         handle: BinaryIO = fs.open(path, "rb", **blocks)
     _meter_ranges(handle, access)
     return handle
-
-
-def _info(fs: AbstractFileSystem, path: str, access: Access) -> dict[str, Any]:
-    try:
-        with METER.request(access.max_requests_per_s):
-            info: dict[str, Any] = fs.info(path)
-    except UNREACHABLE as error:
-        if faults.hides_its_reason(error):
-            with METER.request(access.max_requests_per_s):
-                fs.cat_file(path, start=0, end=1)
-        raise
-    return info
 
 
 def _meter_ranges(handle: BinaryIO, access: Access) -> None:

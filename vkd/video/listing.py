@@ -99,8 +99,7 @@ def _find_remote(uri: str) -> dict[str, Info]:
 @files.patient
 def _remote_info(uri: str) -> Info:
     fs, path = files.filesystem(uri)
-    info: Info = fs.info(path)
-    return info
+    return files.info(fs, path)
 
 
 def _walk(path: str) -> Iterator[str]:
