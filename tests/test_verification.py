@@ -57,7 +57,8 @@ def test_rejects_are_listed_with_their_reasons(spoiled: Run, labelled: Run) -> N
     rejects = list_rejects(spoiled)
     assert len(rejects) == 8
     assert {(Path(r.clip).name, r.stage, r.kind) for r in rejects} == {("b_dull.mp4", "decode", "not_a_video")}
-    assert all(reject.cells()[3] for reject in rejects)
+    assert all(reject.message and reject.message in str(reject) for reject in rejects)
+    assert {str(reject).split(": ")[1].split(" (")[0] for reject in rejects} == {"decode not_a_video"}
     assert list_rejects(labelled) == []
 
 

@@ -194,7 +194,8 @@ def verify(
         result = {"ok": found.ok, "sets": [vars(row) for row in found.sets], "agreement": found.agreement}
         if rejects:
             listed = verification.list_rejects(loaded)
-            screen.table("rejects", verification.REJECT_HEADER, [row.cells() for row in listed])
+            for row in listed:
+                screen.line(f"rejected: {row}")
             result["rejects"] = [vars(row) for row in listed]
         _finish(as_json, result)
         if not found.ok:

@@ -25,8 +25,10 @@ def ls(store: Store, as_json: Json = False) -> None:
     with screen(as_json) as shown:
         place = store_of(store)
         kept = inventory(place)
-        rows = [(k.name, k.what, str(k.views), str(k.chunks), f"{k.num_bytes / 2**20:,.1f}", _day(k.newest_s)) for k in kept]
-        shown.table(f"label sets in {place}", ("set", "what", "views", "chunks", "MiB", "newest commit"), rows)
+        rows = [(k.name, str(k.views), str(k.chunks), f"{k.num_bytes / 2**20:,.1f}", _day(k.newest_s)) for k in kept]
+        shown.table(f"label sets in {place}", ("set", "views", "chunks", "MiB", "newest commit"), rows)
+        for each in kept:
+            shown.line(f"{each.name}: {each.what}")
         finish(as_json, {"sets": [vars(each) for each in kept]})
 
 

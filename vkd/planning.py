@@ -60,6 +60,11 @@ class Plan:
         other.chunks = [chunk for chunk in self.chunks if chunk not in chunks]
         return other
 
+    @property
+    def share(self) -> float:
+        """The part of the planned examples that the chunks hold: less than 1 after `without`."""
+        return sum(self.examples(chunk).num_rows for chunk in self.chunks) / max(self.num_examples, 1)
+
     def classes(self) -> list[str]:
         """Sorted names of the labels that videos carry; empty when there are none."""
         names: set[str] = set()

@@ -89,7 +89,7 @@ def _places(run: Run, label_set: LabelSet, shards: Mapping[str, pa.Table], video
 
 def _reject(label_set: LabelSet, view: int, shard: str, known: set[int] | None, example_ids: set[str]) -> tuple[list[int], int]:
     """Chunks of a shard that hold the examples, and how many were written anew; all are searched when the manifest lacks the shard."""
-    sources, held, rewritten = layout.list_shard(layout.folder_of(label_set.uri, view, shard)).sources, [], 0
+    sources, held, rewritten = layout.list_shard(layout.folder_of(label_set.uri, view, shard), ask=True).sources, [], 0
     for index in sorted(sources.keys() if known is None else sources.keys() & known):
         chunk = Chunk(shard, index)
         if example_ids.isdisjoint(label_set.read(view, chunk, ())[schema.EXAMPLE_ID].to_pylist()):
@@ -104,10 +104,10 @@ def _purge(label_set: LabelSet, view: int, shard: str, indices: Collection[int])
     folder = layout.folder_of(label_set.uri, view, shard)
     for index in indices:
         label_set.read(view, Chunk(shard, index), (), verify=True)  # what replaces the deleted must be whole
-    listed = layout.list_shard(folder)
+    listed = layout.list_shard(folder, ask=True)
     if any(listed.sources[info.index].name != ALL for info in listed.compacted if info.index in indices):
         label_set.compact(view, shard, len(listed.compacted))
-        listed = layout.list_shard(folder)
+        listed = layout.list_shard(folder, ask=True)
     for name in listed.superseded:
         if name == ALL or listed.chunks[name][0] in indices:
             files.delete(files.join(folder, name))

@@ -79,6 +79,10 @@ def train_rank(run: Run, attempt: str, on_round: OnRound) -> None:
     feeder = Feeder(run, plan, sets, TRAIN, rank, world_size)
     if not sum(feeder.sizes):
         raise ConfigError("no example is left to train on", where="data.split", action="hold out less, or add videos")
+    if rank == 0 and plan.share < 1:
+        print(
+            f"training on {plan.share:.0%} of the planned clips: the others lack labels (labels.allow_partial)", file=sys.stderr, flush=True
+        )
     found = checkpoint.newest(run.output)
     position = checkpoint.restore(found, loop.distiller, loop.optimizer) if found else Position()
     board = SummaryWriter(files.join(run.output, "tensorboard"), purge_step=position.step) if rank == 0 else None

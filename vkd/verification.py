@@ -22,7 +22,6 @@ from vkd.teachers.base import Teacher
 
 MIN_COSINE = 0.99
 STRAY_AGE_S = 3600.0  # a younger temporary file may be a write in progress
-REJECT_HEADER = ("clip", "from s", "set", "view", "stage", "reason", "", "attempts", "decoder", "message")
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,11 @@ class Rejected:
     attempts: int | None = None
     decoder: str = ""
 
-    def cells(self) -> Sequence[str]:
+    def __str__(self) -> str:
+        where = "" if self.view is None else f" from {self.start_s:g} s, view {self.view} of {self.label_set}"
+        tried = "" if self.attempts is None else f", attempts {self.attempts}" + (f", {self.decoder}" if self.decoder else "")
         again = "permanent" if self.permanent else "transient"
-        start_s, view, attempts = ("-" if value is None else f"{value:g}" for value in (self.start_s, self.view, self.attempts))
-        return self.clip, start_s, self.label_set or "-", view, self.stage, self.kind, again, attempts, self.decoder or "-", self.message
+        return f"{self.clip}{where}: {self.stage} {self.kind} ({again}{tried}): {self.message}"
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,8 @@ class LabelSet:
                 parts = (self._read(view, Chunk(shard, index), listed.sources[index], None, True) for index in range(num_chunks))
                 files.put(files.join(folder, ALL), chunkfile.to_bytes(parts, one_group_each=True))
 
-        self._settled(view, shard, put_together)
-        for name in self._listed(view, shard).superseded:
+        self._settled(view, shard, put_together, ask=True)
+        for name in layout.list_shard(folder, ask=True).superseded:
             files.delete(files.join(folder, name))
 
     def summary(self, view: int) -> Summary:
@@ -208,11 +208,11 @@ class LabelSet:
     def _listed(self, view: int, shard: str) -> ShardFiles:
         return layout.list_shard(layout.folder_of(self.uri, view, shard))
 
-    def _settled(self, view: int, shard: str, act: Callable[[ShardFiles], Result]) -> Result:
+    def _settled(self, view: int, shard: str, act: Callable[[ShardFiles], Result], ask: bool = False) -> Result:
         """What `act` gives for a listing of a shard; a file that is taken away meanwhile asks for another listing."""
         for _ in range(LISTINGS):
             with suppress(FileNotFoundError):
-                return act(self._listed(view, shard))
+                return act(layout.list_shard(layout.folder_of(self.uri, view, shard), ask=ask))
         where, action = layout.folder_of(self.uri, view, shard), "let the other command on this store end, then run the same command again"
         raise StorageError("files that are listed are gone", where=where, action=action)
 
@@ -220,7 +220,9 @@ class LabelSet:
         uri = files.join(layout.folder_of(self.uri, view, chunk.shard), source.name)
         return chunkfile.read(uri, chunk.index, columns, verify, source.stamp)
 
-    def _read_newest(self, view: int, chunk: Chunk, columns: Sequence[str] | None, verify: bool) -> tuple[ChunkInfo, pa.Table]:
+    def _read_newest(
+        self, view: int, chunk: Chunk, columns: Sequence[str] | None, verify: bool, ask: bool = False
+    ) -> tuple[ChunkInfo, pa.Table]:
         def read_listed(listed: ShardFiles) -> tuple[ChunkInfo, pa.Table]:
             source = listed.sources.get(chunk.index)
             if source is None:
@@ -228,11 +230,11 @@ class LabelSet:
                 raise LabelsMissing(what, where=self.uri, action="vkd label RUN")
             return self._read(view, chunk, source, columns, verify)
 
-        return self._settled(view, chunk.shard, read_listed)
+        return self._settled(view, chunk.shard, read_listed, ask)
 
     def _newest(self, view: int, chunk: Chunk) -> tuple[int, pa.Table]:
-        """The highest attempt and all of its rows. Asks for the next one by its name, since a listing may be late."""
-        info, table = self._read_newest(view, chunk, None, True)
+        """The highest attempt and all of its rows. Asks for the files that matter by name, since a listing may be late."""
+        info, table = self._read_newest(view, chunk, None, True, ask=True)
         while True:
             try:
                 after = Source(info.attempt + 1, layout.chunk_name(chunk.index, info.attempt + 1))

@@ -6,6 +6,7 @@ Of one chunk's files the highest attempt wins, and `all.parquet` before an equal
 from __future__ import annotations
 
 import re
+import time
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -78,15 +79,22 @@ def is_chunk(name: str) -> bool:
     return _CHUNK_NAME.fullmatch(name) is not None
 
 
-def list_shard(folder: str) -> ShardFiles:
-    """What lies in a shard's folder: one listing, and the footer of the compacted file when there is one."""
+def list_shard(folder: str, *, ask: bool = False) -> ShardFiles:
+    """What lies in a shard's folder: one listing, and the footer of the compacted file when there is one.
+
+    With `ask` the compacted file is asked for by its name when it is not listed: a listing may be late.
+    """
     for _ in range(3):  # the compacted file may be taken away after the listing
         listed, compacted = files.list_infos(folder), list[ChunkInfo]()
-        stamp = next(((size, time) for name, size, time in listed if name == ALL), None)
+        stamp = next(((size, time_s) for name, size, time_s in listed if name == ALL), None)
+        if stamp is None and ask:
+            stamp = (0, time.time())  # like no other, so that its footer is read now
         if stamp is None:
             break
         with suppress(FileNotFoundError):
             compacted = chunkfile.infos(files.join(folder, ALL), stamp)
             break
+        if ask:
+            break  # by its name it is not there
     found = ((name, _CHUNK_NAME.fullmatch(name)) for name, _, _ in listed)
     return ShardFiles({name: (int(match[1]), int(match[2])) for name, match in found if match}, compacted, stamp)
