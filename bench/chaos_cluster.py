@@ -41,6 +41,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder, self.mark, self._starts = folder, uuid.uuid4().hex, 0
         self.address = f"127.0.0.1:{_free_port()}"
+        self._known: dict[int, psutil.Process] = {}
         self.head: subprocess.Popen[bytes] | None = None
         self.node: subprocess.Popen[bytes] | None = None
 
@@ -81,13 +82,22 @@ class Cluster:
         return [p for p in self.processes() if any("_TeachStage" in word for word in _words(p))]
 
     def processes(self) -> list[psutil.Process]:
-        """All that carry the mark and are alive."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError, psutil.Error):  # it has ended, or is not ours
-                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes():
-                    found.append(psutil.Process(int(folder.name)))
-        return found
+        """All that carry the mark, what they started, and what did so when it was looked for before, if alive."""
+        alive = {process.pid: process for process in psutil.process_iter()}
+        ours = {pid for pid, process in self._known.items() if alive.get(pid) == process}  # the same pid, started at the same time
+        ours |= {pid for pid in alive if self._marked(pid)}
+        for pid in sorted(alive):  # some, such as Ray's agents, overwrite their environment with their title
+            with suppress(psutil.Error):
+                if alive[pid].ppid() in ours:
+                    ours.add(pid)
+        self._known = {pid: alive[pid] for pid in ours}
+        return list(self._known.values())
+
+    def _marked(self, pid: int) -> bool:
+        try:
+            return f"{MARK}={self.mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:  # it has ended, or is not ours
+            return False
 
     def kill_head(self) -> None:
         """GCS, raylet and all else of the head node at once."""
@@ -95,12 +105,12 @@ class Cluster:
 
     def kill_all(self) -> None:
         """Everything with the mark, until nothing is left."""
-        while found := self.processes():
+        while found := [p for p in self.processes() if _is_running(p)]:
             kill(found)
+            for process in (self.head, self.node):
+                if process is not None:
+                    process.poll()
             time.sleep(0.05)
-        for process in (self.head, self.node):
-            if process is not None:
-                process.wait()
 
     def _start(self, words: Sequence[str]) -> subprocess.Popen[bytes]:
         """`ray start` with its log. Raises RuntimeError with the log's end when it does not come up."""
@@ -139,6 +149,13 @@ def _words(process: psutil.Process) -> list[str]:
     except psutil.Error:
         return []
     return words
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _session(pid: int) -> int:

@@ -126,7 +126,7 @@ class Driver:
         line = next((line for line in reversed(lines) if line.startswith("vkd: ")), "")
         self.tracebacks += any("Traceback" in line for line in lines)
         if code:
-            self.ends[f"{code}: {line[:110]}" if line else str(code)] += 1
+            self.ends[f"{code}: {line[:200]}" if line else str(code)] += 1
             print(f"    driver ended with {code}: {line or lines[-1:]}", flush=True)
 
 

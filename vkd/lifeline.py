@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PERIOD_S = 2.0
-NUM_MISSES = 3  # of the driver's own node, whose objects are gone with it
-HEAD_MISSES = 22  # 44 s: a head that keeps its state elsewhere may come back; after 60 s Ray ends the process
+PERIOD_S = 5.0  # each look is a line in the log of the raylet
+NUM_MISSES = 2  # of the driver's own node, whose objects are gone with it
+HEAD_MISSES = 9  # 45 s: a head that keeps its state elsewhere may come back; after 60 s Ray ends the process
 EXIT_CODE = 1
 
 
