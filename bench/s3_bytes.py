@@ -2,10 +2,11 @@
 
     python bench/s3_bytes.py --json       ratio: bytes read / size of the clips' objects, of both ways and both kinds of objects
 
-Clips of wagon lie on a local S3 server (`rclone serve s3`) behind a proxy that counts, and are labelled by `vkd label`'s own
-execution: once with `max_inline_bytes` above every object (each is read whole by one request), once with 0 (blocks of 4 MiB are
-read as they are needed). `short` objects are the clips as they are, of some 100 KB: one block holds all of one. `long` is one
-object of all of them joined, of which each clip is a window. Only requests for videos count, those that probe them do not.
+Clips of wagon lie on a local S3 server (`rclone serve s3`) behind a proxy that counts, and are labelled by the functions that
+`vkd label`'s workers call, without Ray, with a teacher that takes no time: once with `max_inline_bytes` above every object
+(each is read whole by one request), once with 0 (blocks of 4 MiB are read as they are needed). `short` objects are the clips as
+they are, of some 100 KB: one block holds all of one. `long` is one object of all of them joined, of which each clip is a
+window. Only requests for videos count, those that probe them for the manifest do not.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from typing import Any
 import av
 from measure import arguments, corpus, finish
 
-from vkd import cluster, labelling
+from vkd import planning
 from vkd import run as run_files
 from vkd.manifest import BuildOptions, build
-from vkd.planning import Plan
-from vkd.run import Compute, Run
+from vkd.run import Run
+from vkd.store.labelset import LabelSet
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+import small  # type: ignore[import-not-found]
 from fault_proxy import FaultProxy, S3Server, environment  # type: ignore[import-not-found]
 
 WAYS = {"whole": 1 << 40, "ranges": 0}  # -> max_inline_bytes
@@ -48,9 +50,8 @@ def main() -> None:
     try:
         with FaultProxy(server.port) as proxy:
             os.environ.update(environment(proxy.port))
-            with cluster.session(Compute()):
-                result = measured(folder, proxy, "short", SHORT)
-                result |= measured(folder, proxy, "long", {"plan": "windows", "length_s": options.window_s})
+            result = measured(folder, proxy, "short", SHORT)
+            result |= measured(folder, proxy, "long", {"plan": "windows", "length_s": options.window_s})
         finish(result, options.json)
     finally:
         server.kill()
@@ -81,18 +82,26 @@ def measured(folder: Path, proxy: FaultProxy, kind: str, clips: dict[str, Any]) 
     for way, max_inline_bytes in WAYS.items():
         run = _run(folder, f"{kind}-{way}", kind, clips, max_inline_bytes)
         before = len(proxy.seen)
-        report = labelling.label(run, Plan.of(run).chunks, lambda _: None)
-        if report.rejected:
-            sys.exit(f"rejected: {dict(report.rejected)}")
+        num_clips = _labelled(run)
         seen = [request for request in proxy.seen[before:] if request.path.startswith(f"/bucket/{kind}/")]
         num_bytes = sum(request.num_bytes for request in seen)
         figures |= {
-            f"{kind}_{way}_requests_per_clip": len(seen) / report.labelled,
-            f"{kind}_{way}_bytes_per_clip": num_bytes / report.labelled,
-            f"{kind}_{way}_ratio": num_bytes / report.labelled / figures[f"{kind}_object_bytes"],
+            f"{kind}_{way}_requests_per_clip": len(seen) / num_clips,
+            f"{kind}_{way}_bytes_per_clip": num_bytes / num_clips,
+            f"{kind}_{way}_ratio": num_bytes / num_clips / figures[f"{kind}_object_bytes"],
         }
-        print(f"{kind}, {way}: {report.labelled} clips, {len(seen)} requests, {num_bytes} bytes", flush=True)
+        print(f"{kind}, {way}: {num_clips} clips, {len(seen)} requests, {num_bytes} bytes", flush=True)
     return figures
+
+
+def _labelled(run: Run) -> int:
+    """Label all clips; their number."""
+    small.label(run)
+    spec = planning.label_specs(run, planning.build_teachers(run.recipe.teachers))["teacher"]
+    found = LabelSet.open(run.labels.store, spec).summary(0)
+    if found.rejects:
+        sys.exit(f"rejected: {dict(found.rejects)}")
+    return found.num_labelled
 
 
 def _run(folder: Path, name: str, kind: str, clips: dict[str, Any], max_inline_bytes: int) -> Run:
@@ -101,7 +110,7 @@ def _run(folder: Path, name: str, kind: str, clips: dict[str, Any], max_inline_b
         "output": str(folder / name),
         "data": {"manifest": str(folder / f"{kind}-manifest"), "clips": clips, "max_inline_bytes": max_inline_bytes},
         "labels": {"store": str(folder / name / "labels")},
-        "recipe": {"name": "kd", "teacher": {"name": "efficientnet_lite", "variant": 0}, "student": "shift_cnn"},
+        "recipe": {"name": "kd", "teacher": {"name": "fakes:TinyTeacher", "num_frames": 8, "size_px": 224}, "student": "shift_cnn"},
     }
     return run_files.parse(tree)
 

@@ -16,7 +16,8 @@ import pytest
 from fault_proxy import FaultProxy, S3Server
 
 AWAY_S = 60
-pytestmark = pytest.mark.slow
+TIMEOUT_S = 600
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT_S)]
 
 
 @pytest.fixture
@@ -56,13 +57,13 @@ def test_storage_that_is_away_for_a_minute_rejects_nothing(proxy: FaultProxy, ru
         time.sleep(AWAY_S)
         assert command.process.poll() is None
         start()
-        code, stdout, stderr = command.finish()
+        code, stdout, stderr = command.finish(TIMEOUT_S)
     assert code == 0, stderr
     assert "asking again in" in stderr
     done = json.loads(stdout.splitlines()[-1])
     assert (done["labelled"], done["rejected"]) == (done["planned"], {})
     with harness.vkd("verify", run_file, "--sample", 2) as command:
-        assert command.finish()[0] == 0
+        assert command.finish(TIMEOUT_S)[0] == 0
 
 
 def test_when_patience_ends_it_exits_with_3_and_goes_on_later(proxy: FaultProxy, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,12 +72,12 @@ def test_when_patience_ends_it_exits_with_3_and_goes_on_later(proxy: FaultProxy,
         with harness.vkd("label", run_file) as command:
             command.until(lambda: labels_committed(proxy))
             threading.Thread(target=proxy.down).start()
-            code, _, stderr = command.finish()
+            code, _, stderr = command.finish(TIMEOUT_S)
     assert code == 3, stderr
     assert "run the same command again" in stderr.splitlines()[-1]
     proxy.up()
     with harness.vkd("label", run_file, "--json") as command:
-        code, stdout, stderr = command.finish()
+        code, stdout, stderr = command.finish(TIMEOUT_S)
     assert code == 0, stderr
     done = json.loads(stdout.splitlines()[-1])
     assert done["present"] > 0
