@@ -12,8 +12,9 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from measure import arguments, corpus, finish, psutil, spread
+from measure import arguments, corpus, finish, spread
 
+import psutil  # isort: skip
 from vkd.clips import Clip, Sampling, View
 from vkd.errors import VideoError
 from vkd.video.decode import decode_clip
