@@ -24,7 +24,11 @@ MIN_CLIPS = 8  # that look different, before outputs are judged
 MIN_PIXEL_RMS = 4.0  # of 255: clips that differ less look alike, and so may their labels
 MIN_LABEL_SPREAD = 1e-4
 # what a teacher's code may raise; VkdError is none of them and goes through
-RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
+RAISED = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError),
+    *(OSError, RuntimeError, TypeError, ValueError),
+)
+MAX_MESSAGE_CHARS = 300
 
 
 class Teach:
@@ -94,13 +98,13 @@ class Teach:
         try:
             return [(rows, self._answers({FRAMES: frames[np.array(rows)]}))]
         except RAISED as error:
-            first = f"{type(error).__name__}: {error}"
+            first = _told(error)
         answered = []
         for row in rows:
             try:
                 answered.append(([row], self._answers({FRAMES: frames[row : row + 1]})))
             except RAISED as error:
-                rejects[row] = Reject("teach", "teacher_error", f"{type(error).__name__}: {error}", False, 2)
+                rejects[row] = Reject("teach", "teacher_error", _told(error), False, 2)
         if not answered and len(rows) > 1:
             where = f"{self.alias}, chunk {chunk.index} of shard {chunk.shard}"
             raise TeacherError(f"raises at every clip: {first}", where=where, action="mend the teacher, then run the same command again")
@@ -160,3 +164,7 @@ def thumbnails(frames: np.ndarray) -> np.ndarray:
     """uint8 [n, d]: every few pixels of each clip, enough to tell whether two clips look alike."""
     step = max(1, frames.shape[2] // THUMBNAIL_PX)
     return frames[:, :, ::step, ::step].reshape(len(frames), -1)
+
+
+def _told(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_MESSAGE_CHARS]
