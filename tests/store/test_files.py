@@ -164,6 +164,7 @@ def test_a_file_in_the_place_of_a_folder_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="check that the place can be reached and written"):
         files.put(str(tmp_path / "file" / "x"), b"")
+    assert not files.exists(str(tmp_path / "file" / "x"))
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
