@@ -63,8 +63,7 @@ class Plan:
     @property
     def share(self) -> float:
         """The part of the planned examples that the chunks hold: less than 1 after `without`."""
-        num_here: int = sum(self.examples(chunk).num_rows for chunk in self.chunks)
-        return num_here / max(int(self.num_examples), 1)
+        return float(sum(self.examples(chunk).num_rows for chunk in self.chunks) / max(self.num_examples, 1))
 
     def classes(self) -> list[str]:
         """Sorted names of the labels that videos carry; empty when there are none."""

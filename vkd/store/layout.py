@@ -87,14 +87,13 @@ def list_shard(folder: str, *, ask: bool = False) -> ShardFiles:
     for _ in range(3):  # the compacted file may be taken away after the listing
         listed, compacted = files.list_infos(folder), list[ChunkInfo]()
         stamp = next(((size, time_s) for name, size, time_s in listed if name == ALL), None)
-        if stamp is None and ask:
+        unlisted = stamp is None
+        if unlisted and ask:
             stamp = (0, time.time())  # like no other, so that its footer is read now
-        if stamp is None:
-            break
         with suppress(FileNotFoundError):
-            compacted = chunkfile.infos(files.join(folder, ALL), stamp)
+            compacted = [] if stamp is None else chunkfile.infos(files.join(folder, ALL), stamp)
             break
-        if ask:
-            break  # by its name it is not there
+        if unlisted:
+            break
     found = ((name, _CHUNK_NAME.fullmatch(name)) for name, _, _ in listed)
     return ShardFiles({name: (int(match[1]), int(match[2])) for name, match in found if match}, compacted, stamp)
