@@ -11,9 +11,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
 
-from measure import arguments, corpus, finish, psutil, spread
+from measure import arguments, corpus, finish, spread
+
+import psutil  # isort: skip
 
 from vkd.clips import Clip, Sampling, View
 from vkd.errors import VideoError

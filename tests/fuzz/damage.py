@@ -12,7 +12,14 @@ import numpy as np
 
 Random = np.random.Generator
 HUGE_PX = 30_000
-ENCODINGS = ((".webm", "libvpx-vp9"), (".mkv", "libvpx"), (".mov", "mjpeg"), (".m2ts", "mpeg2video"), (".flv", "libx264"), (".mkv", "libx265"))
+ENCODINGS = (
+    (".webm", "libvpx-vp9"),
+    (".mkv", "libvpx"),
+    (".mov", "mjpeg"),
+    (".m2ts", "mpeg2video"),
+    (".flv", "libx264"),
+    (".mkv", "libx265"),
+)
 BOXES = (b"moov", b"mvhd", b"trak", b"tkhd", b"mdia", b"mdhd", b"minf", b"stbl", b"stsd", b"stts", b"stsz", b"stsc", b"stco", b"mdat")
 SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".wmv", ".flv", ".m2ts", ".3gp", ".ogv")
 
@@ -27,8 +34,9 @@ def write_sources(clips: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def _encoded(source: Path, target: Path, codec: str, num_frames: int = 15) -> Path:
+    options = {"threads": "1"} | ({"x265-params": "log-level=none"} if codec == "libx265" else {})
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
-        stream = new.add_stream(codec, rate=25, options={"threads": "1", "x265-params": "log-level=none"} if codec == "libx265" else {"threads": "1"})
+        stream = new.add_stream(codec, rate=25, options=options)
         stream.width, stream.height = 96, 64
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for index, frame in zip(range(num_frames), old.decode(video=0), strict=False):
@@ -177,7 +185,9 @@ def _long(data: bytes, rng: Random) -> bytes:
         data = _stomped(data, data.index(b"avih") + 8, struct.pack("<I", int(rng.choice([0, 2**31 - 1, 2**32 - 1]))))
         return _stomped(data, data.index(b"avih") + 24, struct.pack("<I", 2**32 - 1))
     place = data.find(b"\x44\x89\x88")  # Matroska's Duration, a float64
-    return _header_flipped(data, rng) if place < 0 else _stomped(data, place + 3, struct.pack(">d", float(rng.choice([1e12, 1e300, np.nan]))))
+    return (
+        _header_flipped(data, rng) if place < 0 else _stomped(data, place + 3, struct.pack(">d", float(rng.choice([1e12, 1e300, np.nan]))))
+    )
 
 
 def _long_table(data: bytes, rng: Random) -> bytes:

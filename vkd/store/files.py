@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import sys
@@ -11,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import fsspec
 from aiohttp import ClientError
@@ -109,6 +110,19 @@ def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     fs, path = filesystem(uri)
     data: bytes = fs.cat_file(path, start=start, end=end)
     return data
+
+
+def read_json(uri: str, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A JSON object that has these keys. Raises StorageError when the file holds something else, FileNotFoundError as `read`."""
+    action = "restore this file, or delete its folder and make it again"
+    try:
+        found = json.loads(read(uri))
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"is not JSON: {error}", where=uri, action=action) from error
+    lacking = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if lacking or not isinstance(found, dict):
+        raise StorageError(f"lacks {lacking[0]!r}" if lacking else "holds no object", where=uri, action=action)
+    return found
 
 
 @_patient

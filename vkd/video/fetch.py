@@ -89,6 +89,6 @@ def _read_errors(uri: str) -> Iterator[None]:
         raise VideoError("missing", "there is no such file", where=uri) from error
     except UNREACHABLE as error:
         if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise VideoError("missing", f"no file can be there: {os.strerror(error.errno)}", where=uri) from error
+            raise VideoError("missing", f"no file can be there: {error}", where=uri) from error
         action = "check that the storage can be reached and read, then run the same command again"
         raise StorageError(f"{type(error).__name__}: {error}", where=uri, action=action, passing=files.passes(uri, error)) from error
