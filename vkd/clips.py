@@ -180,7 +180,7 @@ def plan_examples(videos: pa.Table, plan: ClipPlan) -> pa.Table:
 def _check_videos(videos: pa.Table) -> None:
     """Raises ManifestError for rows that our manifests cannot have: one written by hand may hold anything."""
     kinds = {schema.VIDEO_ID: pa.types.is_string, schema.URI: pa.types.is_string, schema.DURATION_S: _is_number}
-    kinds |= {name: _is_number for name in (schema.START_S, schema.END_S) if name in videos.column_names}
+    kinds |= {name: _is_number for name in (schema.START_S, schema.END_S) if schema.START_S in videos.column_names}
     for name, fits in kinds.items():
         there = name in videos.column_names
         if not there or not fits(videos[name].type):

