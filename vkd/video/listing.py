@@ -5,6 +5,7 @@ A listing gives each video's id without opening it; a video that cannot be used 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -208,6 +209,8 @@ def _describe(uri: str, info: Info, access: Access, hash_content: bool) -> Liste
     except (ValueError, ImportError) as error:
         return Listed(uri, fault=VideoError("unknown_protocol", str(error), where=uri))
     except UNREACHABLE as error:
+        if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP):
+            return Listed(uri, fault=VideoError("missing", f"no file can be there: {error}", where=uri))
         raise StorageError(f"{type(error).__name__}: {error}", where=uri, action="check the network, then run again") from error
 
 
