@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from measure import arguments, corpus, finish, spread
 
 import psutil  # isort: skip
+
 from vkd.clips import Clip, Sampling, View
 from vkd.errors import VideoError
 from vkd.video.decode import decode_clip

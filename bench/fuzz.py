@@ -43,9 +43,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vkd-fuzz-") as name:
         folder = Path(name)
         intact = clips_of(options.folders.split(","))
-        damaged = damage.write_damaged(
-            damage.write_sources(damage.smallest(corpus()), folder / "sources"), folder / DAMAGED, options.files, options.seed
-        )
+        sources = damage.write_sources(damage.smallest(corpus()), folder / "sources")
+        damaged = damage.write_damaged(sources, folder / DAMAGED, options.files, options.seed)
         (folder / "list.txt").write_text("".join(f"{path}\n" for path in [*intact, *damaged]))
         run = _run(folder)
         build(run.data.source or "", run.data.manifest, BuildOptions(chunk_size=16, allow=run.data.allow))

@@ -29,6 +29,7 @@ from vkd.students import STUDENTS
 from vkd.students.base import Student
 
 FORMAT_VERSION = 1
+MAX_HEAD = 1 << 20  # values of one head: a config may say anything
 WEIGHTS, OPTIMIZER, STATE, DONE, CONFIG = "model.safetensors", "optimizer.pt", "state.json", "DONE", "config.json"
 
 
@@ -79,12 +80,11 @@ def save(attempt: str, position: Position, distiller: nn.Module, optimizer: torc
 def restore(folder: str, distiller: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
     """Load a finished checkpoint into both; the position to go on from."""
     with _whole(STATE, folder):
-        state = json.loads(files.read(files.join(folder, STATE)))
+        position = Position(**files.read_json(files.join(folder, STATE), ("position",))["position"])
     _load_weights(distiller, folder)
     with _whole(OPTIMIZER, folder):
-        loaded = torch.load(io.BytesIO(files.read(files.join(folder, OPTIMIZER))), weights_only=True)
-    optimizer.load_state_dict(loaded)
-    return Position(**state["position"])
+        optimizer.load_state_dict(torch.load(io.BytesIO(files.read(files.join(folder, OPTIMIZER))), weights_only=True))
+    return position
 
 
 def prune(output: str, keep: int) -> None:
@@ -111,12 +111,18 @@ def export(student: Student, spec: ModelSpec, folder: str, extra: dict[str, Any]
 def load_student(folder: str) -> Student:
     """An exported student in eval mode, on the CPU. Raises ConfigError when the folder holds none."""
     try:
-        with _whole(CONFIG, folder):
-            config = json.loads(files.read(files.join(folder, CONFIG)))
+        config = files.read_json(files.join(folder, CONFIG), ("student", "heads"))
     except FileNotFoundError as error:
         raise ConfigError("holds no exported student", where=folder, action="vkd distill RUN, then name its student folder") from error
-    spec = ModelSpec.model_validate(config["student"])
-    student: Student = models.build(spec, STUDENTS, "student", heads=config["heads"])
+    with _whole(CONFIG, folder):
+        spec = ModelSpec.model_validate(config["student"])
+    kind = models.find(spec, STUDENTS, "student")
+    if not (isinstance(kind, type) and issubclass(kind, Student)):  # a config may name anything that can be imported
+        raise ConfigError(f"{spec.name!r} is no student", where=folder, action="export the student again")
+    heads = config["heads"]
+    if not isinstance(heads, dict) or not all(isinstance(size, int) and 0 < size <= MAX_HEAD for size in heads.values()):
+        raise ConfigError(f"no heads: {str(heads)[:100]}", where=folder, action="export the student again")
+    student: Student = models.build(spec, STUDENTS, "student", heads=heads)
     _load_weights(student, folder)
     return student.eval()
 
@@ -144,7 +150,7 @@ def _whole(name: str, folder: str) -> Iterator[None]:
     """Turn what reading a damaged file raises into a StorageError that names it."""
     try:
         yield
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError, MemoryError) as error:
         first_line, _, _ = str(error).partition("\n")
         what = f"{name} is damaged: {first_line}"
         raise StorageError(what, where=folder, action="delete this folder, then run the same command again") from error

@@ -156,6 +156,7 @@ def plan_examples(videos: pa.Table, plan: ClipPlan) -> pa.Table:
 
     A manifest that has its own `start_s`/`end_s` (moments) keeps them: each row is one example.
     """
+    _check_videos(videos)
     if schema.START_S in videos.column_names:
         spans = [[span] for span in zip(videos[schema.START_S].to_pylist(), videos[schema.END_S].to_pylist(), strict=True)]
     else:
@@ -174,6 +175,24 @@ def plan_examples(videos: pa.Table, plan: ClipPlan) -> pa.Table:
     }
     kept = [name for name in table.column_names if name not in new]
     return pa.table(new | {name: table[name] for name in kept})
+
+
+def _check_videos(videos: pa.Table) -> None:
+    """Raises ManifestError for rows that our manifests cannot have: one written by hand may hold anything."""
+    kinds = {schema.VIDEO_ID: pa.types.is_string, schema.URI: pa.types.is_string, schema.DURATION_S: _is_number}
+    kinds |= {name: _is_number for name in (schema.START_S, schema.END_S) if schema.START_S in videos.column_names}
+    for name, fits in kinds.items():
+        there = name in videos.column_names
+        if not there or not fits(videos[name].type):
+            what = f"the column {name!r} {f'is {videos[name].type}' if there else 'is absent'}"
+            raise ManifestError(what, where="manifest", action="build the manifest with vkd manifest SOURCE OUT")
+    for name in kinds.keys() - {schema.DURATION_S, schema.END_S}:
+        if videos[name].null_count:
+            raise ManifestError(f"a row has no {name!r}", where="manifest", action="build the manifest with vkd manifest SOURCE OUT")
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
 
 
 def assign_splits(examples: pa.Table, plan: SplitPlan) -> list[str]:

@@ -63,15 +63,15 @@ class BuildOptions(BaseModel):
 
 
 class _Shard(BaseModel):
-    name: str
-    rows: int
+    name: str = Field(pattern=r"^[0-9a-f]{16}$")
+    rows: int = Field(ge=0)
 
 
 class _Index(BaseModel):
     """What manifest.json holds."""
 
     format_version: Literal[1] = 1
-    chunk_size: int
+    chunk_size: int = Field(ge=1)
     probe: ProbeLevel
     hash: bool
     sources: list[str] = []
@@ -289,7 +289,7 @@ def _read(out: str, folder: str, name: str) -> pa.Table:
         table = pq.read_table(pa.BufferReader(files.read(where)))
     except FileNotFoundError as error:
         raise ManifestError("the file is gone", where=where, action=action) from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ManifestError(f"the file is damaged: {error}", where=where, action=action) from error
     if _digest(table) != name:
         raise ManifestError("the rows are not those that its name was made from", where=where, action=action)

@@ -19,6 +19,8 @@ from vkd.recipes.base import Recipe
 from vkd.video.access import MAX_INLINE_BYTES, Access
 from vkd.video.settings import MIN_MEMORY_BYTES, Limits
 
+MAX_VALUES = 100_000  # of a run file whose aliases are written out
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -233,11 +235,22 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"cannot read the run file: {error.strerror}", where=str(path), action="check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, text that is not UTF-8
         raise ConfigError(f"is not YAML: {' '.join(str(error).split())}", where=str(path), action="mend the file") from error
+    _refuse_bomb(tree, str(path))
     if not isinstance(tree, dict):
         raise ConfigError("is not a mapping of keys", where=str(path), action="start from jobs/demo.yaml")
     return tree
+
+
+def _refuse_bomb(tree: Any, where: str) -> None:
+    """Raises ConfigError for a few lines whose aliases stand for millions of values, or for themselves."""
+    todo, num_values = [tree], 0
+    while todo:
+        node, num_values = todo.pop(), num_values + 1
+        todo += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        if num_values + len(todo) > MAX_VALUES:
+            raise ConfigError(f"stands for more than {MAX_VALUES} values", where=where, action="write it without aliases")
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -253,8 +266,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{override!r}: the value is not YAML", action="quote it") from error
+    _refuse_bomb(node[last], key)
 
 
 def _explain(error: ValidationError, where: str, model: type[BaseModel], tree: Mapping[str, Any]) -> ConfigError:

@@ -61,6 +61,7 @@ def _status(uri: str, view: int, now_s: float) -> SetStatus:
 
 def _planned(uri: str) -> int | None:
     try:
-        return int(json.loads(files.read(files.join(uri, PLANNED)))["num_examples"])
+        planned = files.read_json(files.join(uri, PLANNED), ("num_examples",))["num_examples"]
     except FileNotFoundError:
         return None
+    return planned if isinstance(planned, int) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import sys
@@ -158,6 +159,19 @@ def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
             raise
         data = fs.cat_file(path)  # shorter than the range: most servers then give all of it, some refuse
     return data
+
+
+def read_json(uri: str, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A JSON object that has these keys. Raises StorageError when the file holds something else, FileNotFoundError as `read`."""
+    action = "restore this file, or delete its folder and make it again"
+    try:
+        found = json.loads(read(uri))
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"is not JSON: {error}", where=uri, action=action) from error
+    lacking = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if lacking or not isinstance(found, dict):
+        raise StorageError(f"lacks {lacking[0]!r}" if lacking else "holds no object", where=uri, action=action)
+    return found
 
 
 @patient

@@ -15,26 +15,7 @@ from vkd.video.sources import PACKAGE, resolve_uri
 MAX_INLINE_BYTES = 64 << 20
 MAX_URI_CHARS = 4096
 # others of fsspec's file systems reach local files (local://, dir://, generic://) or unpack what they are given
-REMOTE = {
-    "s3",
-    "s3a",
-    "gs",
-    "gcs",
-    "http",
-    "https",
-    "abfs",
-    "abfss",
-    "adl",
-    "az",
-    "oss",
-    "oci",
-    "hf",
-    "hdfs",
-    "webhdfs",
-    "ftp",
-    "sftp",
-    "memory",
-}
+REMOTE = {"s3", "s3a", "gs", "gcs", "http", "https", "abfs", "abfss", "az", "oss", "oci", "hf", "hdfs", "webhdfs", "sftp", "memory"}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ A listing gives each video's id without opening it; a video that cannot be used 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -219,6 +220,8 @@ def _describe(uri: str, info: Info, access: Access, hash_content: bool) -> Liste
             return Listed(uri, fault=VideoError("forbidden", str(error), where=uri, permanent=False))
         if isinstance(error, StorageError):
             raise
+        if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP):
+            return Listed(uri, fault=VideoError("missing", f"no file can be there: {error}", where=uri))
         raise faults.told(uri, error) from error
 
 
