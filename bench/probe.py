@@ -204,6 +204,7 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> Run:
     """The shipped run under `--out`, nothing held out: the folds here decide who trains."""
     out = os.path.abspath(options.out)
     places = [f"output={out}", f"data.source={out}/sources.jsonl", f"data.manifest={out}/manifest", f"labels.store={out}/labels"]
+    places.append(f"data.allow=[{json.dumps(str(corpus()))}]")  # sources.jsonl lies elsewhere
     epochs = [f"train.epochs={options.epochs}"] if options.epochs else []
     return run_files.load_one(JOB, [*places, "data.split={by: none}", *epochs, *overrides])
 

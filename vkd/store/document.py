@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vkd.errors import LabelsMismatch, StorageError
+from vkd.errors import LabelsMismatch
 from vkd.store import files
 from vkd.store.chunkfile import LabelSetSpec
 from vkd.store.layout import DOCUMENT
@@ -18,14 +17,10 @@ from vkd.store.layout import DOCUMENT
 
 def load(uri: str) -> dict[str, Any] | None:
     """labelset.json of a folder; None when there is none."""
-    where = files.join(uri, DOCUMENT)
     try:
-        document: dict[str, Any] = json.loads(files.read(where))
+        return files.read_json(files.join(uri, DOCUMENT), ("alias", "fields", "tensors", "encodings", "recorded", "fidelity", "probe"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise StorageError(f"not JSON: {error}", where=where, action="restore this file or delete its folder") from error
-    return document
 
 
 def check_fields(uri: str, document: Mapping[str, Any], spec: LabelSetSpec) -> None:
