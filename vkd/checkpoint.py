@@ -80,7 +80,7 @@ def save(attempt: str, position: Position, distiller: nn.Module, optimizer: torc
 def restore(folder: str, distiller: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
     """Load a finished checkpoint into both; the position to go on from."""
     with _whole(STATE, folder):
-        position = Position(**files.read_json(files.join(folder, STATE), ("position",))["position"])
+        position = Position(**json.loads(files.read(files.join(folder, STATE)))["position"])
     _load_weights(distiller, folder)
     with _whole(OPTIMIZER, folder):
         optimizer.load_state_dict(torch.load(io.BytesIO(files.read(files.join(folder, OPTIMIZER))), weights_only=True))
@@ -111,15 +111,14 @@ def export(student: Student, spec: ModelSpec, folder: str, extra: dict[str, Any]
 def load_student(folder: str) -> Student:
     """An exported student in eval mode, on the CPU. Raises ConfigError when the folder holds none."""
     try:
-        config = files.read_json(files.join(folder, CONFIG), ("student", "heads"))
+        with _whole(CONFIG, folder):
+            config = json.loads(files.read(files.join(folder, CONFIG)))
+            heads, spec = config["heads"], ModelSpec.model_validate(config["student"])
     except FileNotFoundError as error:
         raise ConfigError("holds no exported student", where=folder, action="vkd distill RUN, then name its student folder") from error
-    with _whole(CONFIG, folder):
-        spec = ModelSpec.model_validate(config["student"])
     kind = models.find(spec, STUDENTS, "student")
     if not (isinstance(kind, type) and issubclass(kind, Student)):  # a config may name anything that can be imported
         raise ConfigError(f"{spec.name!r} is no student", where=folder, action="export the student again")
-    heads = config["heads"]
     if not isinstance(heads, dict) or not all(isinstance(size, int) and 0 < size <= MAX_HEAD for size in heads.values()):
         raise ConfigError(f"no heads: {str(heads)[:100]}", where=folder, action="export the student again")
     student: Student = models.build(spec, STUDENTS, "student", heads=heads)

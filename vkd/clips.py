@@ -179,16 +179,17 @@ def plan_examples(videos: pa.Table, plan: ClipPlan) -> pa.Table:
 
 def _check_videos(videos: pa.Table) -> None:
     """Raises ManifestError for rows that our manifests cannot have: one written by hand may hold anything."""
-    kinds = {schema.VIDEO_ID: pa.types.is_string, schema.URI: pa.types.is_string, schema.DURATION_S: _is_number}
-    kinds |= {name: _is_number for name in (schema.START_S, schema.END_S) if schema.START_S in videos.column_names}
+    if videos.num_rows == 0:
+        return
+    spans = (schema.START_S, schema.END_S) if schema.START_S in videos.column_names else (schema.DURATION_S,)
+    kinds = {schema.VIDEO_ID: pa.types.is_string, **dict.fromkeys(spans, _is_number)}
+    kinds |= {schema.URI: pa.types.is_string} if schema.URI in videos.column_names else {}
     for name, fits in kinds.items():
         there = name in videos.column_names
-        if not there or not fits(videos[name].type):
-            what = f"the column {name!r} {f'is {videos[name].type}' if there else 'is absent'}"
+        empty = there and name not in (schema.DURATION_S, schema.END_S) and videos[name].null_count
+        if not there or empty or not fits(videos[name].type):
+            what = f"the column {name!r} {'is absent' if not there else 'has empty rows' if empty else f'is {videos[name].type}'}"
             raise ManifestError(what, where="manifest", action="build the manifest with vkd manifest SOURCE OUT")
-    for name in kinds.keys() - {schema.DURATION_S, schema.END_S}:
-        if videos[name].null_count:
-            raise ManifestError(f"a row has no {name!r}", where="manifest", action="build the manifest with vkd manifest SOURCE OUT")
 
 
 def _is_number(kind: pa.DataType) -> bool:
