@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import small
 import torch
 import yaml
 from torch import nn
@@ -23,11 +24,11 @@ from vkd.clips import Clip, ClipPlan, Sampling, SplitPlan, View
 from vkd.errors import ConfigError, ManifestError, StorageError, VideoError, VkdError
 from vkd.manifest import BuildOptions, Manifest, build
 from vkd.planning import Plan
-from vkd.run import load
+from vkd.run import Run, load
 from vkd.stages import decode_or_reject
 from vkd.status import note_planned, store_status
 from vkd.store import chunkfile
-from vkd.store.labelset import Reject
+from vkd.store.labelset import LabelSet, Reject
 from vkd.video import fetch
 from vkd.video.access import Access
 from vkd.video.settings import Settings
@@ -144,7 +145,17 @@ def test_damaged_manifest_files_are_refused(tmp_path: Path, text: str) -> None:
         Manifest.load(str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["text", "cut", "huge_footer", "no_chunks"])
+def with_chunks(table: pa.Table, told: bytes) -> bytes:
+    """A Parquet file whose footer says this of its chunks."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({chunkfile.CHUNKS: told})
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "huge_footer", "no_chunks", "nested", "wrong_types"])
 def test_damaged_label_files_are_storage_errors(tmp_path: Path, damage: str) -> None:
     path, table = tmp_path / "chunk-00000.a0.parquet", pa.table({schema.EXAMPLE_ID: ["a", "b"], schema.STATUS: ["labelled"] * 2})
     pq.write_table(table, path)
@@ -153,6 +164,8 @@ def test_damaged_label_files_are_storage_errors(tmp_path: Path, damage: str) -> 
         "text": b"no labels",
         "cut": data[: len(data) // 2],
         "no_chunks": data,
+        "nested": with_chunks(table, b"[" * 100_000),
+        "wrong_types": with_chunks(table, b'[{"index": "x", "attempt": [], "num_rows": {}, "rejects": 3, "digest": null}]'),
         "huge_footer": data[:-8] + struct.pack("<I", 2**32 - 1) + b"PAR1",
     }
     path.write_bytes(changed[damage])
@@ -160,6 +173,17 @@ def test_damaged_label_files_are_storage_errors(tmp_path: Path, damage: str) -> 
         chunkfile.read(str(path), 0, None, verify=True)
     with pytest.raises(StorageError):
         chunkfile.infos(str(path))
+
+
+@pytest.mark.parametrize(
+    "change", [{"probe": {"logits": {"shape": [9], "float32_base64": "?"}}}, {"tensors": {"logits": 3}}, {"tensors": 7}]
+)
+def test_a_damaged_label_set_is_a_storage_error(labelled: Run, tmp_path: Path, change: dict[str, object]) -> None:
+    run = small.copied(labelled, tmp_path)
+    (path,) = Path(run.labels.store).glob("teacher-*/labelset.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(StorageError, match=r"labelset\.json"):
+        LabelSet.at(str(path.parent))
 
 
 class _Evil:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from vkd import schema
 from vkd.errors import ConfigError, StorageError, TeacherError
@@ -266,8 +267,7 @@ def _read_footer(uri: str) -> pq.FileMetaData:
 
 
 def _infos(footer: pq.FileMetaData) -> list[ChunkInfo]:
-    told: list[dict[str, Any]] = json.loads(footer.metadata[CHUNKS])
-    return [ChunkInfo(**info) for info in told]
+    return TypeAdapter(list[ChunkInfo]).validate_json(footer.metadata[CHUNKS])  # a ValidationError is a ValueError
 
 
 @contextmanager

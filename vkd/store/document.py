@@ -14,11 +14,13 @@ from vkd.store import files
 from vkd.store.chunkfile import LabelSetSpec
 from vkd.store.layout import DOCUMENT
 
+KEYS = ("alias", "fields", "tensors", "encodings", "format_version", "recorded", "fidelity", "probe")
+
 
 def load(uri: str) -> dict[str, Any] | None:
     """labelset.json of a folder; None when there is none."""
     try:
-        return files.read_json(files.join(uri, DOCUMENT), ("alias", "fields", "tensors", "encodings", "recorded", "fidelity", "probe"))
+        return files.read_json(files.join(uri, DOCUMENT), KEYS)
     except FileNotFoundError:
         return None
 

@@ -50,11 +50,18 @@ class LabelSet:
 
     def __init__(self, uri: str, told: Mapping[str, Any]) -> None:
         self.uri = uri
-        tensors = {name: TensorType(t["dtype"], tuple(t["shape"])) for name, t in told["tensors"].items()}
-        self.spec = LabelSetSpec(told["alias"], told["fields"], tensors, told["encodings"])
         self.recorded: Mapping[str, Any] = told["recorded"]
         self.fidelity: Mapping[str, Any] = told["fidelity"]
-        self.probe = {name: document.array_of(array) for name, array in told["probe"].items()}
+        try:
+            tensors = {name: TensorType(t["dtype"], tuple(t["shape"])) for name, t in told["tensors"].items()}
+            self.spec = LabelSetSpec(told["alias"], told["fields"], tensors, told["encodings"])
+            self.probe = {name: document.array_of(array) for name, array in told["probe"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what, action = (
+                f"{DOCUMENT} is damaged: {type(error).__name__}: {error}",
+                "restore this file, or delete its folder and label again",
+            )
+            raise StorageError(what, where=uri, action=action) from error
 
     @classmethod
     def create(cls, store: str, spec: LabelSetSpec, probe: Columns, recorded: Mapping[str, Any], fidelity: Mapping[str, Any]) -> LabelSet:
