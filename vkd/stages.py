@@ -19,6 +19,7 @@ from vkd.models import ModelSpec
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.schema import FRAMES, Columns
+from vkd.store import forgotten
 from vkd.store.labelset import ChunkRows, LabelSet, LabelSetSpec, Reject
 from vkd.video import guard
 from vkd.video.settings import Settings
@@ -92,10 +93,12 @@ def _decoded(job: Job, item: Item, examples: Sequence[Mapping[str, Any]]) -> tup
     """Frames of each sampling, zeros where a row is rejected or stays as it is."""
     num_rows = max(1, len(examples))
     frames = [np.zeros((num_rows, s.num_frames, s.size_px, s.size_px, 3), np.uint8) for s in job.decoding.samplings]
-    rows = range(len(examples)) if item.redo is None else sorted({row for redone in item.redo.values() for row in redone})
-    rejects = dict.fromkeys(set(range(len(examples))) - set(rows), KEPT)
-    clips = [clip_of(examples[row], job.views, item.view) for row in rows]
-    for row, decoded in zip(rows, decode_or_reject(clips, job.decoding), strict=True):
+    redone = set(range(len(examples))) if item.redo is None else {row for rows in item.redo.values() for row in rows}
+    gone = forgotten.noted(job.store)  # asked for each chunk: takedowns need not wait for the end of a long labelling
+    rejects = {row: forgotten.REJECT for row in redone if examples[row][schema.VIDEO_ID] in gone}
+    rejects |= {row: KEPT for row in range(len(examples)) if row not in redone}
+    clips = {row: clip_of(example, job.views, item.view) for row, example in enumerate(examples) if row not in rejects}
+    for row, decoded in zip(clips, decode_or_reject(list(clips.values()), job.decoding), strict=True):
         if isinstance(decoded, Reject):
             rejects[row] = decoded
             continue

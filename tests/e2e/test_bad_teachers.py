@@ -30,6 +30,7 @@ def test_a_teacher_that_dies_is_started_anew(tiny_video: Path, tmp_path: Path) -
     assert (report.labelled, report.planned, len(list(deaths.iterdir()))) == (13, 13, 1)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_dies_again_and_again_stops_the_run(tiny_video: Path, tmp_path: Path) -> None:
     deaths = tmp_path / "deaths"
     deaths.mkdir()

@@ -54,8 +54,9 @@ def test_each_clip_is_labelled_or_rejected_with_its_reason(run: Run, report: Lab
     assert report.labelled + report.rejected.total() == report.planned
     assert dict(report.rejected) == {"truncated": 2}
     rejects = verification.list_rejects(run)
-    assert [(Path(r.clip).name, r.stage, r.kind) for r in rejects] == [("half.mp4", "decode", "truncated")] * 2
-    assert "frames end at" in rejects[0].message
+    found = [(Path(r.clip).name, r.stage, r.kind) for r in rejects]
+    assert found == [("text.mp4", "manifest", "not_a_video"), *[("half.mp4", "decode", "truncated")] * 2]
+    assert "frames end at" in rejects[-1].message
     (unusable,) = Manifest.load(run.data.manifest).rejects().to_pylist()
     assert (Path(unusable["uri"]).name, unusable["kind"]) == ("text.mp4", "not_a_video")
     assert verification.verify(run, num_sampled=4).ok

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import small
 
-from vkd import planning, stages
+from vkd import planning
 from vkd.errors import LabelsMismatch, LabelsMissing
 from vkd.feeding import open_sets
 from vkd.manifest import BuildOptions, build
@@ -22,6 +22,7 @@ from vkd.run import Run
 from vkd.schema import Columns, TensorType
 from vkd.store import chunkfile, files
 from vkd.store.labelset import LabelSet, LabelSetSpec
+from vkd.teaching import Teach
 
 FIELDS: dict[str, Any] = {
     "teacher": {
@@ -145,7 +146,7 @@ def test_the_probe_finds_what_the_fingerprint_does_not_cover(labelled: Run, tmp_
     (teacher,) = planning.build_teachers(run.recipe.teachers).values()
     assert planning.teacher_spec(run, "teacher", teacher).fingerprint == job.specs["teacher"].fingerprint
     with pytest.raises(LabelsMismatch, match="probe of 'embedding' differs"):
-        stages.Teach(job, "teacher", 1, last=True)
+        Teach(job, "teacher", 1, last=True)
     assert len(small.chunk_files(run, "teacher")) == 4
 
 

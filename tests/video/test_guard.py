@@ -146,7 +146,7 @@ def test_a_child_that_lies_cannot_hold_or_crash_its_parent(
 ) -> None:
     monkeypatch.setattr(process, "MESSAGE_S", 1)
     monkeypatch.setattr(process, "EXIT_S", 0.5)
-    chosen = Guard(replace(stub.settings, backend="pyav"))
+    chosen = Guard(replace(stub.settings, backend="pyav", limits=replace(LIMITS, deadline_s=6.0)))
     found, after = chosen.decode(named(clip, name, "fine"))
     assert (found.kind if isinstance(found, VideoError) else None) == kind
     assert not isinstance(after, VideoError)
