@@ -49,7 +49,7 @@ def main() -> None:
         run = _run(folder)
         build(run.data.source or "", run.data.manifest, BuildOptions(chunk_size=16, allow=run.data.allow))
         report = labelling.label(run, Plan.of(run).chunks, lambda report: None)
-        result = told(run, set(map(str, intact))) | {"stops": 0, "label_s": report.wall_s}
+        result = told(run, set(map(str, intact))) | {"label_s": report.wall_s}
         result |= slowest(run, damaged) | {"wall_s": time.monotonic() - started_s}
     finish(result, options.json)
 

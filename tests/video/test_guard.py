@@ -276,3 +276,20 @@ def test_a_child_ends_with_a_parent_that_is_killed(clip: Clip) -> None:
     while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
+
+
+def test_what_is_no_video_costs_no_child_and_leaves_nothing_open(stub: Guard, clip: Clip, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("no video")
+    prober, kept, pids = Guard(Settings()), [], set()
+    for _ in range(3):
+        with pytest.raises(VideoError) as caught:
+            prober.probe(str(tmp_path / "text.mp4"))
+        kept.append(caught.value)
+        assert prober._child is not None
+        pids.add(prober._child.process.pid)
+    assert len(pids) == 1
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    kept += [error for error in stub.decode(named(clip, *["segfaults"] * 3)) if isinstance(error, VideoError)]
+    assert len(kept) == 6
+    stub.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= num_open

@@ -102,7 +102,7 @@ class Guard:
                     self._told(answer, clip.uri)
                     views: Views | VideoError = [view.copy() for view in self.settings.views_of(child.memory, number % NUM_SLOTS)]
                 except VideoError as error:
-                    views = error
+                    views = error.with_traceback(None)  # which would hold this child's memory as long as the error
                 child.say({"taken": number})
                 yield views
 
@@ -120,7 +120,7 @@ class Guard:
                 return files.patiently(partial(self._answer, clip, backend), clip.uri)
             except ChildEnded as error:
                 ended = error
-        return ended
+        return ended.with_traceback(None)
 
     def _when_storage_answers(self, clip: Clip, error: StorageError) -> Views | VideoError:
         try:
@@ -141,8 +141,9 @@ class Guard:
         try:
             child.say(message)
             yield child
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            if not isinstance(error, VideoError) or isinstance(error, ChildEnded):
+                self.close()
             raise
 
     def _told(self, answer: dict[str, Any], uri: str) -> dict[str, Any]:

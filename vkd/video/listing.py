@@ -176,7 +176,7 @@ def _probe(video: Listed, level: ProbeLevel, settings: Settings) -> Probed:
     try:
         return Probed(video, guard.here(settings).probe(video.uri, full=level == "full"))
     except VideoError as error:
-        return Probed(video, fault=error)
+        return Probed(video, fault=error.with_traceback(None))
 
 
 @contextmanager
