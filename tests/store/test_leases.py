@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -23,8 +25,12 @@ def test_drivers_see_each_other_while_they_hold_a_lease(tmp_path: Path) -> None:
 
 def test_a_driver_that_died_counts_no_more(tmp_path: Path) -> None:
     (tmp_path / leases.FOLDER).mkdir()
-    for name, beat_s in {"dead": time.time() - 2 * leases.STALE_S, "alive": time.time()}.items():
-        (tmp_path / leases.FOLDER / f"{name}.json").write_text(json.dumps({"beat_s": beat_s}))
+    now_s, here = time.time(), socket.gethostname()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    told = {"silent": (now_s - 2 * leases.STALE_S, "far", 1), "ended": (now_s, here, ended.pid), "alive": (now_s, "far", 1)}
+    for name, values in told.items():
+        (tmp_path / leases.FOLDER / f"{name}.json").write_text(json.dumps(dict(zip(("beat_s", "host", "pid"), values, strict=True))))
     (tmp_path / leases.FOLDER / "damaged.json").write_text("{")
     assert leases.live(str(tmp_path)) == ["alive.json"]
 

@@ -6,6 +6,8 @@ Two drivers that do the same chunk cost time and harm nothing: either file is co
 from __future__ import annotations
 
 import json
+import os
+import socket
 import threading
 import time
 import uuid
@@ -66,12 +68,14 @@ def _keep_beating(uri: str, ended: threading.Event) -> None:
 
 
 def _beat(uri: str) -> None:
-    files.put(uri, json.dumps({"beat_s": time.time()}).encode())
+    files.put(uri, json.dumps({"beat_s": time.time(), "host": socket.gethostname(), "pid": os.getpid()}).encode())
 
 
 def _last_beat_s(uri: str) -> float:
-    """When a driver last said that it works; 0 when the file is gone or says nothing."""
+    """When a driver last said that it works; 0 when the file is gone or says nothing, or its process on this machine has ended."""
     try:
-        return float(json.loads(files.read(uri))["beat_s"])
+        told = json.loads(files.read(uri))
+        ended = told["host"] == socket.gethostname() and not os.path.exists(f"/proc/{int(told['pid'])}")
+        return 0.0 if ended else float(told["beat_s"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return 0.0
