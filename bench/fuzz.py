@@ -66,7 +66,7 @@ def told(run: Run, intact: set[str]) -> dict[str, Any]:
     at_manifest = dict(zip(found[schema.URI].to_pylist(), found["kind"].to_pylist(), strict=True))
     plan = Plan.of(run)
     planned = [uri for chunk in plan.chunks for uri in plan.examples(chunk)[schema.URI].to_pylist()]
-    at_label = {each.clip: each.kind for each in verification.list_rejects(run)}
+    at_label = {each.clip: each.kind for each in verification.list_rejects(run) if each.stage != "manifest"}
     reasons = (Counter(at_manifest.values()), Counter(at_label.values()))
     rows = [(kind, str(reasons[0][kind]), str(reasons[1][kind])) for kind, _ in (reasons[0] + reasons[1]).most_common()]
     Screen().table("rejected", ("reason", "when listed", "when decoded"), rows)

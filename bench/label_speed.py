@@ -140,7 +140,7 @@ def _run(folder: Path, name: str, num_views: int) -> Run:
     tree = {
         "name": name,
         "output": str(folder / name),
-        "data": {"manifest": str(folder / "manifest"), "views": {"count": num_views}},
+        "data": {"manifest": str(folder / "manifest"), "allow": [str(corpus())], "views": {"count": num_views}},
         "labels": {"store": str(folder / name / "labels")},
         "recipe": {"name": "kd", "teacher": "efficientnet_lite", "student": "shift_cnn"},
     }

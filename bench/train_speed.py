@@ -130,7 +130,7 @@ def _run(folder: Path, size: str, keep_frames: str) -> Run:
     tree = {
         "name": "train-speed",
         "output": str(folder / "out"),
-        "data": {"manifest": str(folder / "manifest"), "keep_frames": keep_frames},
+        "data": {"manifest": str(folder / "manifest"), "allow": [str(corpus())], "keep_frames": keep_frames},
         "labels": {"store": str(folder / "labels")},
         "recipe": {"name": "kd", "teacher": "efficientnet_lite", "student": {"name": "shift_cnn", "size": size}},
         "train": {"batch_size": 32},
