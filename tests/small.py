@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 
 import av
 import numpy as np
+import pyarrow as pa
 import yaml
 
 from vkd import planning, stages, worklist
 from vkd.feeding import Feeder, open_sets
 from vkd.planning import FRAMES_ALIAS, Plan
+from vkd.rounds import Chunk
 from vkd.run import Run, parse
 from vkd.schema import TRAIN, Columns
-from vkd.stages import ITEM, Job
+from vkd.stages import ITEM, STATS, Job
 from vkd.store.labelset import LabelSet
 from vkd.teaching import Teach
 from vkd.worklist import Retry
@@ -111,3 +114,21 @@ def write(tree: Tree, path: Path) -> Path:
     """The tree as a run file."""
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def committed(job: Job, alias: str, number: int) -> pa.Table:
+    """What is committed of one item."""
+    item = job.items[number]
+    return LabelSet.open(job.store, job.specs[alias]).read(item.view, item.chunk, verify=True)
+
+
+def missing(job: Job, alias: str) -> list[Chunk]:
+    """The chunks that one label set lacks."""
+    return LabelSet.open(job.store, job.specs[alias]).missing(0, job.plan.chunks)
+
+
+def stats_of(batch: Columns) -> Tree:
+    """The statistics of one chunk, as the last stage gives them."""
+    (text,) = batch[STATS].tolist()
+    found: Tree = json.loads(text)
+    return found

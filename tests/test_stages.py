@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import fakes
 import numpy as np
-import pyarrow as pa
 import pytest
 import small
 
@@ -16,10 +14,9 @@ from vkd import planning, stages
 from vkd.clips import Clip, ViewPolicy
 from vkd.errors import StorageError
 from vkd.planning import FRAMES_ALIAS, Plan
-from vkd.rounds import Chunk
 from vkd.run import Run
-from vkd.schema import EXAMPLE_ID, FRAMES, LABELLED, REJECTED, STATUS, Columns
-from vkd.stages import ITEM, REJECT, STATS, Item, Job
+from vkd.schema import EXAMPLE_ID, FRAMES, LABELLED, REJECTED, STATUS
+from vkd.stages import ITEM, REJECT, Item, Job
 from vkd.store.encodings import decode
 from vkd.store.labelset import LabelSet
 from vkd.teaching import Teach
@@ -33,25 +30,9 @@ def run(unlabelled: Run, tmp_path: Path) -> Run:
     return small.changed(unlabelled, f"labels.store={tmp_path}/labels")
 
 
-def read(job: Job, alias: str, number: int) -> pa.Table:
-    """What is committed of one item."""
-    item = job.items[number]
-    return LabelSet.open(job.store, job.specs[alias]).read(item.view, item.chunk, verify=True)
-
-
 def clips_of(job: Job, number: int) -> list[Clip]:
     item = job.items[number]
     return [stages.clip_of(example, job.views, item.view) for example in job.plan.examples(item.chunk).to_pylist()]
-
-
-def stats_of(batch: Columns) -> dict[str, Any]:
-    (text,) = batch[STATS].tolist()
-    found: dict[str, Any] = json.loads(text)
-    return found
-
-
-def missing(job: Job, alias: str) -> list[Chunk]:
-    return LabelSet.open(job.store, job.specs[alias]).missing(0, job.plan.chunks)
 
 
 def test_a_chunk_is_decoded_once_for_all_samplings(run: Run) -> None:
@@ -69,10 +50,10 @@ def test_a_chunk_is_decoded_once_for_all_samplings(run: Run) -> None:
 def test_kept_frames_are_committed_by_decoding(run: Run) -> None:
     job = small.job_of(run)
     batch = small.decoded(job, 4)
-    table = read(job, FRAMES_ALIAS, 4)
+    table = small.committed(job, FRAMES_ALIAS, 4)
     assert table[EXAMPLE_ID].to_pylist() == job.plan.examples(job.items[4].chunk)[EXAMPLE_ID].to_pylist()
     np.testing.assert_array_equal(decode(table, FRAMES_ALIAS), batch[f"{FRAMES}.1"])
-    assert len(missing(job, FRAMES_ALIAS)) == 4
+    assert len(small.missing(job, FRAMES_ALIAS)) == 4
 
 
 def test_a_damaged_file_among_good_ones_becomes_rejects(spoiled: Run, tmp_path: Path) -> None:
@@ -86,7 +67,7 @@ def test_a_damaged_file_among_good_ones_becomes_rejects(spoiled: Run, tmp_path: 
     for i in range(2):
         assert batch[f"{FRAMES}.{i}"][:3].any(axis=(1, 2, 3, 4)).all()
         assert not batch[f"{FRAMES}.{i}"][3:].any()
-    table = read(job, FRAMES_ALIAS, 1)
+    table = small.committed(job, FRAMES_ALIAS, 1)
     assert table[STATUS].to_pylist() == [LABELLED] * 3 + [REJECTED] * 2
     np.testing.assert_array_equal(decode(table, FRAMES_ALIAS, np.arange(3)), batch[f"{FRAMES}.1"][:3])
 
@@ -99,7 +80,7 @@ def test_broken_storage_is_not_the_videos_fault(run: Run, monkeypatch: pytest.Mo
     monkeypatch.setattr(Guard, "decode", broken)
     with pytest.raises(StorageError):
         small.decoded(job)
-    assert len(missing(job, FRAMES_ALIAS)) == 5
+    assert len(small.missing(job, FRAMES_ALIAS)) == 5
 
 
 def test_labels_are_what_the_teacher_says_of_the_frames(labelled: Run) -> None:
@@ -122,8 +103,8 @@ def test_only_what_lacks_is_made(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(fakes.TinyTeacher, "__call__", None)
     teach = Teach.__new__(Teach)
     teach.job, teach.alias, teach.last = job, "teacher", True
-    assert stats_of(teach(batch))["teach_s"] == {}
-    assert len(missing(job, FRAMES_ALIAS)) == 4
+    assert small.stats_of(teach(batch))["teach_s"] == {}
+    assert len(small.missing(job, FRAMES_ALIAS)) == 4
 
 
 def test_what_lacks_is_planned_view_by_view(run: Run) -> None:
@@ -139,8 +120,8 @@ def test_another_view_is_other_pixels_in_another_folder(run: Run) -> None:
     first, second = small.decoded(job, 0), small.decoded(job, 5)
     assert job.items[0].chunk == job.items[5].chunk
     assert (first[f"{FRAMES}.1"] != second[f"{FRAMES}.1"]).any(axis=(1, 2, 3, 4)).all()
-    np.testing.assert_array_equal(decode(read(job, FRAMES_ALIAS, 5), FRAMES_ALIAS), second[f"{FRAMES}.1"])
-    np.testing.assert_array_equal(decode(read(job, FRAMES_ALIAS, 0), FRAMES_ALIAS), first[f"{FRAMES}.1"])
+    np.testing.assert_array_equal(decode(small.committed(job, FRAMES_ALIAS, 5), FRAMES_ALIAS), second[f"{FRAMES}.1"])
+    np.testing.assert_array_equal(decode(small.committed(job, FRAMES_ALIAS, 0), FRAMES_ALIAS), first[f"{FRAMES}.1"])
 
 
 def test_a_clip_is_a_view_of_an_example(run: Run) -> None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import fakes
 import numpy as np
-import pyarrow as pa
 import pytest
 import small
 
 from vkd.errors import LabelsMismatch, LabelsMissing, TeacherError
 from vkd.planning import FRAMES_ALIAS
-from vkd.rounds import Chunk
 from vkd.run import Run
 from vkd.schema import ATTEMPTS, FRAMES, LABELLED, REJECTED, STATUS, Columns
-from vkd.stages import REJECT, STATS, Job
+from vkd.stages import REJECT, Job
 from vkd.store.encodings import decode
 from vkd.store.labelset import LabelSet
 from vkd.teaching import Teach
@@ -29,28 +26,12 @@ def run(unlabelled: Run, tmp_path: Path) -> Run:
     return small.changed(unlabelled, f"labels.store={tmp_path}/labels")
 
 
-def read(job: Job, alias: str, number: int) -> pa.Table:
-    """What is committed of one item."""
-    item = job.items[number]
-    return LabelSet.open(job.store, job.specs[alias]).read(item.view, item.chunk, verify=True)
-
-
-def stats_of(batch: Columns) -> dict[str, Any]:
-    (text,) = batch[STATS].tolist()
-    found: dict[str, Any] = json.loads(text)
-    return found
-
-
-def missing(job: Job, alias: str) -> list[Chunk]:
-    return LabelSet.open(job.store, job.specs[alias]).missing(0, job.plan.chunks)
-
-
 def test_the_last_stage_gives_only_statistics(run: Run) -> None:
     job = small.job_of(run)
     batch = small.decoded(job)
     between = Teach(job, "teacher", 1, last=False)(batch)
     assert set(between) == set(batch)
-    stats = stats_of(Teach(job, "teacher", 1, last=True)(batch))
+    stats = small.stats_of(Teach(job, "teacher", 1, last=True)(batch))
     assert (stats["labelled"], stats["rejected"]) == (5, {})
     assert stats["decode_s"] > 0
     assert stats["teach_s"]["teacher"] >= 0
@@ -69,16 +50,16 @@ def test_the_set_keeps_the_probe_and_the_fidelity(run: Run) -> None:
 
 def test_rows_that_are_not_finite_are_rejected(run: Run) -> None:
     job = small.label(small.changed(run, "recipe.teacher='fakes:NotFinite'"))
-    table = read(job, "teacher", 0)
+    table = small.committed(job, "teacher", 0)
     assert table[STATUS].to_pylist() == [LABELLED] + [REJECTED] * 4
     assert set(zip(table["reject_stage"].to_pylist(), table["reject_kind"].to_pylist(), strict=True)) == {
         (None, None),
         ("teach", "not_finite"),
     }
     assert np.isfinite(decode(table, "logits")).all()
-    assert read(job, FRAMES_ALIAS, 0)[STATUS].to_pylist() == [LABELLED] * 5
+    assert small.committed(job, FRAMES_ALIAS, 0)[STATUS].to_pylist() == [LABELLED] * 5
     small.chunk_files(run, "teacher")[0].unlink()
-    stats = stats_of(Teach(job, "teacher", 1, last=True)(small.decoded(job)))
+    stats = small.stats_of(Teach(job, "teacher", 1, last=True)(small.decoded(job)))
     assert (stats["labelled"], stats["rejected"]) == (1, {"not_finite": 4})
 
 
@@ -93,7 +74,7 @@ def test_a_teacher_is_not_asked_about_rejected_rows(spoiled: Run, tmp_path: Path
         return answer(self, frames)
 
     monkeypatch.setattr(fakes.TinyTeacher, "labels", counted)
-    stats = [stats_of(teach(small.decoded(job, number))) for number in range(5)]
+    stats = [small.stats_of(teach(small.decoded(job, number))) for number in range(5)]
     assert asked == [5, 3, 4, 4]
     assert [s["rejected"].get("not_a_video", 0) for s in stats] == [0, 2, 5, 1, 0]
     assert sum(s["labelled"] for s in stats) == 16
@@ -109,7 +90,7 @@ def test_a_teacher_that_breaks_its_contract_labels_nothing(run: Run, name: str, 
         Teach(job, "teacher", 1, last=True)
     assert raised.value.exit_code == 2
     with pytest.raises(LabelsMissing):
-        missing(job, "teacher")
+        small.missing(job, "teacher")
 
 
 def test_labels_of_another_shape_are_refused(run: Run) -> None:
@@ -117,7 +98,7 @@ def test_labels_of_another_shape_are_refused(run: Run) -> None:
     teach = Teach(job, "teacher", 1, last=True)
     with pytest.raises(TeacherError, match=r"teacher: logits has shape \(5, 4\), not \(5,\) a row -> mend emits"):
         teach(small.decoded(job))
-    assert len(missing(job, "teacher")) == 5
+    assert len(small.missing(job, "teacher")) == 5
 
 
 def test_a_node_with_other_weights_is_refused(run: Run, tmp_path: Path) -> None:
@@ -141,7 +122,7 @@ def test_a_node_that_computes_something_else_is_refused(run: Run, monkeypatch: p
 
 def test_whole_numbers_are_stored_as_they_are(run: Run) -> None:
     job = small.label(small.changed(run, "labels.encodings={}", "recipe.teacher='fakes:Counts'", "data.keep_frames=none"))
-    counts = decode(read(job, "teacher", 0), "counts")
+    counts = decode(small.committed(job, "teacher", 0), "counts")
     assert isinstance(counts, np.ndarray)
     assert counts.dtype == np.int32
     assert counts.any()
@@ -155,9 +136,9 @@ def test_a_clip_at_which_the_teacher_raises_is_rejected(run: Run) -> None:
     job = with_teacher(run, "RaisesAtBlack")
     batch = small.decoded(job)
     batch[f"{FRAMES}.0"][2] = 0
-    stats = stats_of(Teach(job, "teacher", 1, last=True)(batch))
+    stats = small.stats_of(Teach(job, "teacher", 1, last=True)(batch))
     assert (stats["labelled"], stats["rejected"]) == (4, {"teacher_error": 1})
-    table = read(job, "teacher", 0)
+    table = small.committed(job, "teacher", 0)
     assert table[STATUS].to_pylist() == [LABELLED] * 2 + [REJECTED] + [LABELLED] * 2
     reject = [table[name][2].as_py() for name in ("reject_stage", "reject_kind", "reject_message", "reject_permanent", ATTEMPTS)]
     assert reject == ["teach", "teacher_error", "ZeroDivisionError: no light", False, 2]
@@ -168,7 +149,7 @@ def test_a_clip_at_which_the_teacher_raises_is_rejected(run: Run) -> None:
 
 def test_a_batch_that_works_clip_by_clip_is_labelled(run: Run) -> None:
     job = with_teacher(run, "RaisesAtBatches")
-    stats = stats_of(Teach(job, "teacher", 1, last=True)(small.decoded(job)))
+    stats = small.stats_of(Teach(job, "teacher", 1, last=True)(small.decoded(job)))
     assert (stats["labelled"], stats["rejected"]) == (5, {})
 
 
@@ -177,11 +158,11 @@ def test_a_teacher_that_raises_at_every_clip_stops_the_run(run: Run) -> None:
     teach = Teach(job, "teacher", 1, last=True)
     with pytest.raises(TeacherError, match=r"^teacher, chunk 0 of shard \S+: raises at every clip: KeyError: 'no such layer' -> "):
         teach(small.decoded(job))
-    assert len(missing(job, "teacher")) == 5
+    assert len(small.missing(job, "teacher")) == 5
     alone = small.decoded(job, 1)
     spoilt = json.dumps({"stage": "decode", "kind": "crash", "message": "", "permanent": True, "attempts": 1})
     alone[REJECT] = np.array(["", *[spoilt] * 4])
-    assert stats_of(teach(alone))["rejected"] == {"teacher_error": 1, "crash": 4}  # one clip is no proof against the teacher
+    assert small.stats_of(teach(alone))["rejected"] == {"teacher_error": 1, "crash": 4}  # one clip is no proof against the teacher
 
 
 @pytest.mark.parametrize(("name", "label"), [("Constant", "logits"), ("Collapsed", "embedding")])
@@ -191,7 +172,7 @@ def test_a_teacher_that_says_the_same_of_all_clips_stops_the_run(run: Run, name:
     teach(small.decoded(job, 0))  # five clips are too few to tell
     with pytest.raises(TeacherError, match=f"^teacher: {label} is the same for 9 clips that look different .* -> check its weights"):
         teach(small.decoded(job, 4))
-    assert len(missing(job, "teacher")) == 4
+    assert len(small.missing(job, "teacher")) == 4
 
 
 @pytest.mark.parametrize("kind", ["black", "one clip many times", "a picture that stands still"])
@@ -203,14 +184,14 @@ def test_clips_that_look_alike_may_have_the_same_labels(run: Run, kind: str) -> 
     for _ in range(4):
         noise = rng.integers(0, 3, frames.shape, np.uint8)
         alike = {"black": frames * 0 + noise, "one clip many times": frames, "a picture that stands still": frames // 2 + noise}[kind]
-        assert stats_of(teach(batch | {f"{FRAMES}.0": alike}))["labelled"] == 5
+        assert small.stats_of(teach(batch | {f"{FRAMES}.0": alike}))["labelled"] == 5
 
 
 def test_statistics_of_each_label(run: Run) -> None:
     job = with_teacher(run, "TinyTeacher")
     batch = small.decoded(job)
     batch[f"{FRAMES}.0"][1] = batch[f"{FRAMES}.0"][0]
-    found = stats_of(Teach(job, "teacher", 1, last=True)(batch))["statistics"]
+    found = small.stats_of(Teach(job, "teacher", 1, last=True)(batch))["statistics"]
     expected = fakes.TinyTeacher()({FRAMES: batch[f"{FRAMES}.0"]})
     assert set(found) == {"teacher.logits", "teacher.embedding"}
     assert found["teacher.embedding"]["norm_mean"] == pytest.approx(np.linalg.norm(expected["embedding"], axis=1).mean(), rel=1e-5)

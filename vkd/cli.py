@@ -11,13 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vkd import cli_labels
+from vkd import cli_labels, cli_parts
 from vkd.cli_parts import Json, Overrides, RunFile
-from vkd.cli_parts import absolute as _absolute
-from vkd.cli_parts import finish as _finish
-from vkd.cli_parts import screen as _screen
-from vkd.cli_parts import store_of as _store_of
-from vkd.cli_parts import words as _words
 from vkd.errors import ConfigError, StorageError, VkdError, redact
 
 
@@ -56,15 +51,15 @@ def manifest(
     """List SOURCE's videos, with ids, sizes and durations, as immutable shards."""
     from vkd.manifest import BuildOptions, build
 
-    with _screen(as_json) as screen:
+    with cli_parts.screen(as_json) as screen:
         screen.stage("manifest")
         given = {"probe": probe, "label_from": label_from, "uri_column": uri_column, "hash": hash, "chunk_size": chunk_size}
-        options = _options(BuildOptions, **given, allow=tuple(_absolute(folder) for folder in allow or ()))
-        report = build(_absolute(source), _absolute(out), options, screen.probed)
+        options = _options(BuildOptions, **given, allow=tuple(cli_parts.absolute(folder) for folder in allow or ()))
+        report = build(cli_parts.absolute(source), cli_parts.absolute(out), options, screen.probed)
         screen.close()
         screen.line(f"{out}: {report}")
         screen.line(f"next: name it in a run file as data.manifest: {out}, then vkd label RUN")
-        _finish(as_json, {"manifest": out, "videos": report.videos, "new": report.new, "rejected": report.rejected})
+        cli_parts.finish(as_json, {"manifest": out, "videos": report.videos, "new": report.new, "rejected": report.rejected})
 
 
 @app.command()
@@ -82,7 +77,7 @@ def label(
     from vkd.run import load_one
     from vkd.worklist import Retry
 
-    with _screen(as_json, run, overrides) as screen:
+    with cli_parts.screen(as_json, run, overrides) as screen:
         if reason is not None and not retry_rejects:
             raise ConfigError("--reason says what --retry-rejects tries again", action="add --retry-rejects")
         fraction, loaded = _fraction(limit), load_one(run, overrides or [])
@@ -94,10 +89,10 @@ def label(
             screen.line(f"  encoding of {name}: " + ", ".join(f"{k} {v:.6g}" for k, v in measured.items()))
         if compact:
             screen.line(f"compacted: {pipeline.compact(loaded)} files, one for each complete shard and view")
-        given = _words(run, overrides)
+        given = cli_parts.words(run, overrides)
         rest = f"vkd label {given} for the rest, or vkd distill {given} labels.allow_partial=true"
         screen.line(f"next: {rest if fraction < 1 else f'vkd distill {given}'}")
-        _finish(as_json, _label_json(report))
+        cli_parts.finish(as_json, _label_json(report))
 
 
 @app.command()
@@ -106,14 +101,14 @@ def distill(run: RunFile, overrides: Overrides = None, as_json: Json = False) ->
     from vkd import pipeline
     from vkd.run import load_one
 
-    with _screen(as_json, run, overrides) as screen:
+    with cli_parts.screen(as_json, run, overrides) as screen:
         loaded = load_one(run, overrides or [])
         report = pipeline.distill(loaded, screen)
         screen.close()
         screen.student(report)
         if loaded.data.split.by != "none":
-            screen.line(f"next: vkd evaluate {_words(run, overrides)}")
-        _finish(as_json, vars(report))
+            screen.line(f"next: vkd evaluate {cli_parts.words(run, overrides)}")
+        cli_parts.finish(as_json, vars(report))
 
 
 @app.command()
@@ -127,11 +122,11 @@ def evaluate(
     from vkd import pipeline
     from vkd.run import load_one
 
-    with _screen(as_json, run, overrides) as screen:
+    with cli_parts.screen(as_json, run, overrides) as screen:
         measured = pipeline.evaluate(load_one(run, overrides or []), screen, student)
         screen.close()
         screen.retention(measured)
-        _finish(as_json, measured)
+        cli_parts.finish(as_json, measured)
 
 
 @app.command(name="run")
@@ -140,7 +135,7 @@ def run_command(run: RunFile, overrides: Overrides = None, as_json: Json = False
     from vkd import pipeline
     from vkd.run import load
 
-    with _screen(as_json, run, overrides) as screen:
+    with cli_parts.screen(as_json, run, overrides) as screen:
         results: dict[str, Any] = {}
         for loaded in load(run, overrides or []):
             labelled, trained, measured = pipeline.run_all(loaded, screen)
@@ -152,7 +147,7 @@ def run_command(run: RunFile, overrides: Overrides = None, as_json: Json = False
             screen.timings({})
             screen.line(f"results: {loaded.output}  (student/, {'evaluation.json, ' if measured else ''}run.yaml, tensorboard/)")
             results[loaded.name] = {"label": _label_json(labelled), "distill": vars(trained), "evaluate": measured}
-        _finish(as_json, results)
+        cli_parts.finish(as_json, results)
 
 
 @app.command()
@@ -160,12 +155,14 @@ def status(store: Annotated[str, typer.Argument(help="A label store, or a run fi
     """What a label store holds, from listings and file footers only: labelled, rejected, rate, time left."""
     from vkd.status import store_status
 
-    with _screen(as_json) as screen:
-        rows = store_status(_store_of(store), time.time())
+    with cli_parts.screen(as_json) as screen:
+        rows = store_status(cli_parts.store_of(store), time.time())
         screen.table(
-            f"labels in {_store_of(store)}", ("set", "view", "labelled", "rejected", "of", "clips/s", "left"), [r.cells() for r in rows]
+            f"labels in {cli_parts.store_of(store)}",
+            ("set", "view", "labelled", "rejected", "of", "clips/s", "left"),
+            [r.cells() for r in rows],
         )
-        _finish(as_json, {"sets": [vars(row) for row in rows]})
+        cli_parts.finish(as_json, {"sets": [vars(row) for row in rows]})
 
 
 @app.command()
@@ -181,7 +178,7 @@ def verify(
     from vkd import verification
     from vkd.run import load_one
 
-    with _screen(as_json, run, overrides) as screen:
+    with cli_parts.screen(as_json, run, overrides) as screen:
         loaded = load_one(run, overrides or [])
         if clean:
             screen.line(f"cleaned: {verification.clean(loaded)}")
@@ -197,7 +194,7 @@ def verify(
             for row in listed:
                 screen.line(f"rejected: {row}")
             result["rejects"] = [vars(row) for row in listed]
-        _finish(as_json, result)
+        cli_parts.finish(as_json, result)
         if not found.ok:
             raise ConfigError("the labels are not whole, see above", where=loaded.labels.store, action=found.action)
 
@@ -213,10 +210,10 @@ def export(
     from vkd import training
     from vkd.run import load_one
 
-    with _screen(as_json, run, overrides) as screen:
-        step = training.export_newest(load_one(run, overrides or []), _absolute(out))
+    with cli_parts.screen(as_json, run, overrides) as screen:
+        step = training.export_newest(load_one(run, overrides or []), cli_parts.absolute(out))
         screen.line(f"{out}: the student after step {step}; load it with vkd.checkpoint.load_student({out!r})")
-        _finish(as_json, {"student": out, "step": step})
+        cli_parts.finish(as_json, {"student": out, "step": step})
 
 
 def main() -> None:

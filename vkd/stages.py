@@ -14,7 +14,7 @@ import numpy as np
 
 from vkd import schema
 from vkd.clips import Clip, ViewPolicy
-from vkd.errors import LabelsMissing, VideoError
+from vkd.errors import VideoError
 from vkd.models import ModelSpec
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
@@ -78,15 +78,8 @@ def still_lacking(job: Job, item: Item) -> list[str]:
     """The label sets that lack the item now: another driver may have been faster."""
     if item.redo is not None:
         return list(item.lacks)
-    sets = {alias: _opened(job.store, job.specs[alias]) for alias in item.lacks}
+    sets = {alias: LabelSet.find(job.store, job.specs[alias]) for alias in item.lacks}  # None: its teacher makes it
     return [alias for alias, label_set in sets.items() if label_set is None or label_set.missing(item.view, [item.chunk])]
-
-
-def _opened(store: str, spec: LabelSetSpec) -> LabelSet | None:
-    try:
-        return LabelSet.open(store, spec)
-    except LabelsMissing:  # its teacher makes it
-        return None
 
 
 def _decoded(job: Job, item: Item, examples: Sequence[Mapping[str, Any]]) -> tuple[dict[str, np.ndarray], dict[int, Reject]]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vkd import schema
-from vkd.errors import LabelsMissing
 from vkd.planning import Plan
 from vkd.rounds import Chunk
 from vkd.stages import Item
@@ -43,7 +42,7 @@ def missing_items(store: str, num_views: int, specs: Mapping[str, LabelSetSpec],
 
 def retry_items(store: str, num_views: int, specs: Mapping[str, LabelSetSpec], chunks: Sequence[Chunk], retry: Retry) -> list[Item]:
     """Chunks with rejects that get another try, and their rows in each set; footers tell which chunks need a look."""
-    sets = {alias: LabelSet.open(store, spec) for alias, spec in specs.items() if _exists(store, spec)}
+    sets = {alias: found for alias, spec in specs.items() if (found := LabelSet.find(store, spec)) is not None}
     items = []
     for view in range(num_views):
         suspects = {alias: label_set.rejecting(view) for alias, label_set in sets.items()}
@@ -60,15 +59,8 @@ def num_rows(plan: Plan, item: Item) -> int:
 
 
 def _missing(store: str, spec: LabelSetSpec, view: int, chunks: Sequence[Chunk]) -> set[Chunk]:
-    return set(LabelSet.open(store, spec).missing(view, chunks)) if _exists(store, spec) else set(chunks)
-
-
-def _exists(store: str, spec: LabelSetSpec) -> bool:
-    try:
-        LabelSet.open(store, spec)
-    except LabelsMissing:
-        return False
-    return True
+    found = LabelSet.find(store, spec)
+    return set(chunks) if found is None else set(found.missing(view, chunks))
 
 
 def _rows(label_set: LabelSet, view: int, chunk: Chunk, retry: Retry) -> tuple[int, ...]:

@@ -57,11 +57,8 @@ class LabelSet:
             self.spec = LabelSetSpec(told["alias"], told["fields"], tensors, told["encodings"])
             self.probe = {name: document.array_of(array) for name, array in told["probe"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what, action = (
-                f"{DOCUMENT} is damaged: {type(error).__name__}: {error}",
-                "restore this file, or delete its folder and label again",
-            )
-            raise StorageError(what, where=uri, action=action) from error
+            action = "restore this file, or delete its folder and label again"
+            raise StorageError(f"{DOCUMENT} is damaged: {type(error).__name__}: {error}", where=uri, action=action) from error
 
     @classmethod
     def create(cls, store: str, spec: LabelSetSpec, probe: Columns, recorded: Mapping[str, Any], fidelity: Mapping[str, Any]) -> LabelSet:
@@ -79,10 +76,18 @@ class LabelSet:
     @classmethod
     def open(cls, store: str, spec: LabelSetSpec) -> LabelSet:
         """The set of a spec. Raises LabelsMissing, which names what differs in the nearest set of the same alias."""
+        found = cls.find(store, spec)
+        if found is None:
+            raise LabelsMissing(f"no labels {spec.name}{document.nearest(store, spec)}", where=store, action="vkd label RUN")
+        return found
+
+    @classmethod
+    def find(cls, store: str, spec: LabelSetSpec) -> LabelSet | None:
+        """The set of a spec; None when there is none."""
         uri = files.join(store, spec.name)
         told = document.load(uri)
         if told is None:
-            raise LabelsMissing(f"no labels {spec.name}{document.nearest(store, spec)}", where=store, action="vkd label RUN")
+            return None
         document.check_fields(uri, told, spec)
         return cls(uri, told)
 
