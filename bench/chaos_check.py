@@ -21,6 +21,12 @@ from vkd.store.labelset import LabelSet
 from vkd.teaching import Teach
 
 DECODE_WORKERS, TEACHER_ACTORS = 2, 1
+CHUNK_SIZE = 8
+
+
+def notes_of(folder: Path) -> Path:
+    """Where the teachers of the run note what they begin."""
+    return folder / "noted.txt"
 
 
 def tree_of(folder: Path) -> dict[str, Any]:
@@ -37,7 +43,7 @@ def tree_of(folder: Path) -> dict[str, Any]:
         "labels": {"store": str(folder / "labels")},
         "recipe": {
             "name": "kd",
-            "teacher": {"name": "efficientnet_lite", "num_frames": 2},
+            "teacher": {"name": "chaos_teacher:NotedTeacher", "notes": str(notes_of(folder))},
             "student": {"name": "shift_cnn", "num_frames": 2, "size_px": 32},
         },
         "compute": {"decode": {"workers": DECODE_WORKERS}, "teacher": {"actors": TEACHER_ACTORS}},

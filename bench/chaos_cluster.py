@@ -48,7 +48,8 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """For everything that belongs to this cluster, drivers included."""
-        return os.environ | QUICK_TO_NOTICE | {MARK: self.mark, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self.address}
+        here = {"PYTHONPATH": str(Path(__file__).parent)}  # of chaos_teacher.py
+        return os.environ | QUICK_TO_NOTICE | here | {MARK: self.mark, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self.address}
 
     def start(self) -> None:
         """Head and node, ready for a driver; what is left of those before is killed first."""

@@ -7,10 +7,10 @@ node is started), the head (the whole cluster is started anew). Each kill comes 
 since the last one. When the driver has ended, for whatever reason, the same command is started again. When all chunks are there
 before all kills were made, one more view is asked for.
 
-`redone` counts chunk files of the labels and of the kept frames that were written again, as a poller sees them by inode and time
-of change: work that was thrown away before its commit leaves no file and is not counted. `bound` is the number of chunks that
-the execution lets be in flight, times the kills. In the end every chunk (or the first `--compare` ones of a seeded
-order) is made again in this process, without Ray, and compared.
+`redone` is the clips that teachers began to label less those that are labelled in the end: the teacher itself notes them before it
+works, so what a kill threw away counts too. `bound` is the clips of as many chunks as the execution lets be in flight, times the
+kills. `rewritten` counts chunk files that were written again, as a poller sees them. In the end every chunk (or the first
+`--compare` ones of a seeded order) is made again in this process, without Ray, and compared.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from chaos_check import DECODE_WORKERS, TEACHER_ACTORS, compared, counts, tree_of
+from chaos_check import CHUNK_SIZE, DECODE_WORKERS, TEACHER_ACTORS, compared, counts, notes_of, tree_of
 from chaos_cluster import NUM_CPUS, Cluster, kill
+from chaos_teacher import num_noted
 from measure import arguments, corpus, finish
 
 from vkd import run as run_files
@@ -137,7 +138,6 @@ class Chaos:
         self.cluster, self.driver, self.commits = cluster, driver, commits
         self.random = random.Random(seed)
         self.recovery_s: dict[str, list[float]] = defaultdict(list)
-        self.redone: Counter[str] = Counter()
         self.hung = 0
 
     def order(self, num_kills: int) -> list[str]:
@@ -147,14 +147,12 @@ class Chaos:
         return kinds
 
     def run(self, num_kills: int) -> None:
-        last, before, redone = "", 0, 0
+        last, before = "", 0
         for number, kind in enumerate([*self.order(num_kills), ""], start=1):
             since_s = time.monotonic()
             targets = self._wait_for_chunk_and_target(before, kind)
             if last:
                 self.recovery_s[last].append(self.new_chunk_s - since_s)
-                self.redone[last] += self.commits.rewritten.total() - redone
-            redone = self.commits.rewritten.total()
             if not kind:
                 return
             time.sleep(self.random.uniform(0.0, MAX_DELAY_S))
@@ -236,7 +234,7 @@ def main() -> None:
 
 def chaos(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Label under fire, then check every chunk."""
-    build(str(corpus() / options.clips), str(folder / "manifest"), BuildOptions(chunk_size=8))
+    build(str(corpus() / options.clips), str(folder / "manifest"), BuildOptions(chunk_size=CHUNK_SIZE))
     run_file, store = folder / "run.yaml", folder / "labels"
     run_file.write_text(yaml.safe_dump(tree_of(folder)))
     started_s = time.monotonic()
@@ -253,6 +251,7 @@ def chaos(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         cluster.kill_all()
     fire_s = time.monotonic() - started_s
     run = run_files.parse(tree_of(folder), [f"data.views.count={driver.num_views}"])
+    noted, found = num_noted(notes_of(folder)), counts(run)
     return {
         "kills": options.kills,
         **{f"kills, {kind}": len(seconds) for kind, seconds in trial.recovery_s.items()},
@@ -262,12 +261,10 @@ def chaos(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "driver_ends": dict(driver.ends),
         "tracebacks": driver.tracebacks,
         "drivers_hung": trial.hung,
-        **counts(run),
-        "redone": commits.rewritten.total(),
-        "redone_by_set": dict(commits.rewritten),
-        "redone_after": dict(trial.redone),
-        "in_flight": IN_FLIGHT,
-        "bound": IN_FLIGHT * options.kills,
+        **found,
+        "rewritten": dict(commits.rewritten),
+        "redone": noted - found["labelled"],
+        "bound": IN_FLIGHT * CHUNK_SIZE * options.kills,
         **compared(run, folder / "again", NUM_CPUS // TEACHER_ACTORS, options.compare),
     }
 
