@@ -64,7 +64,7 @@ class Screen:
     def trained(self, report: RoundReport) -> None:
         losses = "  ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
         speed = f"{report.examples_per_s:.1f} clips/s  data-wait {report.wait_fraction:.1%}"
-        lost = f"  {report.unreadable} unreadable" if report.unreadable else ""
+        lost = f"  {report.left_out} left out ({report.unreadable} unreadable)" if report.left_out else ""
         text = f"distill: epoch {report.epoch + 1}  step {report.step} of {report.num_steps}  {losses}  {speed}{lost}"
         self._show(text, report.step, report.num_steps)
 

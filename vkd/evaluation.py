@@ -58,10 +58,10 @@ def _answers(feeder: Feeder, student: Student) -> Answers:
     classes: list[np.ndarray] = []
     with torch.inference_mode():
         for fed in feeder.stream(rounds, BATCH_SIZE, seed=0):
-            real = fed.batch["weight"].numpy() > 0
+            real = fed.batch[schema.WEIGHT].numpy() > 0
             for name, tensor in student(fed.batch[schema.FRAMES].to(device())).items():
                 said.setdefault(name, []).append(tensor.float().cpu().numpy()[real])
-            for name in fed.batch.keys() - {schema.FRAMES, schema.LABEL, "weight"}:
+            for name in fed.batch.keys() - {schema.FRAMES, schema.LABEL, schema.EXAMPLE, schema.WEIGHT}:
                 taught.setdefault(name, []).append(fed.batch[name].numpy()[real])
             classes.append(fed.batch[schema.LABEL].numpy()[real])
     return Answers(_joined(said), _joined(taught), np.concatenate(classes) if classes else np.zeros(0, np.int64))

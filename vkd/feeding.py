@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from vkd import planning, schema
 from vkd.errors import LabelsMissing
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.recipes.base import Batch
-from vkd.rounds import Chunk, Round, Row, batches_of_round, rank_slice
+from vkd.rounds import Round, Row, batches_of_round, rank_slice
 from vkd.run import Run
 from vkd.stages import clip_of, decode_or_reject
 from vkd.store.encodings import decode
@@ -40,13 +40,24 @@ class Fed:
     last: bool
 
 
+class _Pending(NamedTuple):
+    """One step's input while it is made; `num_mine` rows of it are planned for this rank."""
+
+    round: Round
+    num_examples: int
+    last: bool
+    num_mine: int
+    batch: Future[Batch]
+
+
 @dataclass(frozen=True)
 class _Loaded:
-    """One chunk in memory: each label set's table, which rows every set has labelled, their classes."""
+    """One chunk in memory: each label set's table, which rows every set has labelled, their classes and numbers."""
 
     tables: Mapping[str, pa.Table]
     usable: np.ndarray
     classes: np.ndarray
+    numbers: np.ndarray
     examples: pa.Table
 
 
@@ -55,7 +66,7 @@ class Feeder:
     """Feeds one rank of a run from its label sets; `split` says which examples.
 
     `wait_s` is how long the consumer waited for batches; `unreadable` counts clips that were labelled once and no longer decode,
-    `unlabelled` those that not every set has labelled. `beat` is called while waiting, and for each batch.
+    `left_out` those and what not every set has labelled. `beat` is called while waiting, and for each batch.
     """
 
     run: Run
@@ -66,7 +77,7 @@ class Feeder:
     world_size: int = 1
     wait_s: float = 0.0
     unreadable: int = 0
-    unlabelled: int = 0
+    left_out: int = 0
     beat: Callable[[], None] = lambda: None
     rows: list[list[int]] = field(init=False)
 
@@ -84,7 +95,7 @@ class Feeder:
 
     def stream(self, rounds: Sequence[Round], batch_size: int, seed: int) -> Iterator[Fed]:
         """Every batch of the rounds, in order; the next round is read while this one trains. Adds to `wait_s`."""
-        pending: deque[tuple[Round, int, bool, Future[Batch]]] = deque()
+        pending: deque[_Pending] = deque()
         with ThreadPoolExecutor(NUM_THREADS) as readers, ThreadPoolExecutor(NUM_THREADS) as makers, self._stopped_after():
             ahead = self._read_ahead(rounds, readers)
             for round_, chunks in ahead:
@@ -94,17 +105,19 @@ class Feeder:
                     if number == 0 and self.world_size > 1:
                         self._wait_for(chunks.values())
                     made = makers.submit(self._batch, mine, chunks, round_.epoch % self.run.data.views.count)
-                    pending.append((round_, len(batch), number == len(batches) - 1, made))
+                    pending.append(_Pending(round_, len(batch), number == len(batches) - 1, len(mine), made))
                     if len(pending) == READ_AHEAD_BATCHES:
                         while len(pending) > READ_AHEAD_BATCHES // 2:
                             yield self._next(pending)
             while pending:
                 yield self._next(pending)
 
-    def _next(self, pending: deque[tuple[Round, int, bool, Future[Batch]]]) -> Fed:
-        round_, num_examples, last, made = pending.popleft()
+    def _next(self, pending: deque[_Pending]) -> Fed:
+        round_, num_examples, last, num_mine, made = pending.popleft()
         self._wait_for([made])
-        return Fed(round_, made.result(), num_examples, last)
+        batch = made.result()
+        self.left_out += num_mine - int(batch[schema.WEIGHT].sum())
+        return Fed(round_, batch, num_examples, last)
 
     def _wait_for(self, futures: Iterable[Future[Any]]) -> None:
         """Ranks wait for whole rounds: else one would wait for data, and the others in a step for that one."""
@@ -131,18 +144,20 @@ class Feeder:
         reading: deque[tuple[Round, dict[int, Future[_Loaded]]]] = deque()
         for round_ in rounds:
             view = self.run.stored_view(round_.epoch)
-            reading.append((round_, {i: pool.submit(self._load, self.plan.chunks[i], view) for i in round_.chunks}))
+            reading.append((round_, {i: pool.submit(self._load, i, view) for i in round_.chunks}))
             if len(reading) > 1:
                 yield reading.popleft()
         yield from reading
 
-    def _load(self, chunk: Chunk, view: int) -> _Loaded:
+    def _load(self, position: int, view: int) -> _Loaded:
+        chunk = self.plan.chunks[position]
         tables = {alias: label_set.read(view, chunk).combine_chunks() for alias, label_set in self.sets.items()}
         examples = self.plan.examples(chunk)
         usable = np.ones(examples.num_rows, bool)
         for table in tables.values():
             usable &= np.array([status == schema.LABELLED for status in table[schema.STATUS].to_pylist()])
-        return _Loaded(tables, usable, planning.label_numbers(examples, self.classes), examples)
+        numbers = position * self.plan.chunk_size + np.arange(examples.num_rows)
+        return _Loaded(tables, usable, planning.label_numbers(examples, self.classes), numbers, examples)
 
     def _batch(self, rows: Sequence[Row], chunks: Mapping[int, Future[_Loaded]], view: int) -> Batch:
         """Tensors of the usable rows; one masked row of weight 0 when there are none, so that every rank runs every step."""
@@ -151,7 +166,7 @@ class Feeder:
             if chunks[row.chunk].result().usable[row.row]:
                 by_chunk.setdefault(row.chunk, []).append(row.row)
         parts = [self._columns(chunks[chunk].result(), np.array(inside), view) for chunk, inside in by_chunk.items()]
-        parts = [part for part in parts if len(part["weight"])]
+        parts = [part for part in parts if len(part[schema.WEIGHT])]
         if not parts:
             parts = [self._masked_row()]
         return {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
@@ -161,7 +176,8 @@ class Feeder:
             frames = np.asarray(decode(chunk.tables[FRAMES_ALIAS], FRAMES_ALIAS, rows))
         else:
             rows, frames = self._decode_videos(chunk.examples, rows, view)
-        columns = {schema.FRAMES: frames, schema.LABEL: chunk.classes[rows], "weight": np.ones(len(rows), np.float32)}
+        columns = {schema.FRAMES: frames, schema.LABEL: chunk.classes[rows], schema.EXAMPLE: chunk.numbers[rows]}
+        columns[schema.WEIGHT] = np.ones(len(rows), np.float32)
         for alias, name in self.tensors:
             if alias != FRAMES_ALIAS:
                 columns[f"{alias}.{name}"] = np.array(decode(chunk.tables[alias], name, rows))
@@ -182,7 +198,8 @@ class Feeder:
 
     def _masked_row(self) -> dict[str, np.ndarray]:
         shape = (1, self.sampling.num_frames, self.sampling.size_px, self.sampling.size_px, 3)
-        columns = {schema.FRAMES: np.zeros(shape, np.uint8), schema.LABEL: np.full(1, -1), "weight": np.zeros(1, np.float32)}
+        columns: dict[str, np.ndarray] = {schema.FRAMES: np.zeros(shape, np.uint8), schema.WEIGHT: np.zeros(1, np.float32)}
+        columns |= {name: np.full(1, -1) for name in (schema.LABEL, schema.EXAMPLE)}
         for (alias, name), tensor in self.tensors.items():
             if alias != FRAMES_ALIAS:
                 columns[f"{alias}.{name}"] = np.zeros((1, *tensor.row_shape), np.float32)

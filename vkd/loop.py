@@ -31,6 +31,7 @@ class RoundReport:
     wait_fraction: float
     learning_rate: float
     unreadable: int
+    left_out: int
 
 
 class Loop:
@@ -98,9 +99,9 @@ class _Meter:
         waited_s = self.feeder.wait_s - self.waited_s
         losses = {name: value / self.num_examples for name, value in self.sums.items()}
         speed = self.num_examples / elapsed_s
-        unreadable = self.feeder.unreadable
+        lost = self.feeder.unreadable, self.feeder.left_out
         self._reset()
-        return RoundReport(fed.round.epoch, fed.round.index, step, total, losses, speed, waited_s / elapsed_s, rate, unreadable)
+        return RoundReport(fed.round.epoch, fed.round.index, step, total, losses, speed, waited_s / elapsed_s, rate, *lost)
 
 
 def learning_rate(step: int, total: int, train: Train) -> float:

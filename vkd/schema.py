@@ -21,6 +21,8 @@ REJECT_STAGE, REJECT_KIND, REJECT_MESSAGE, REJECT_PERMANENT = "reject_stage", "r
 ATTEMPTS, REJECT_DECODER = "attempts", "reject_decoder"
 # the frames of a batch: uint8 [B, T, S, S, 3]
 FRAMES = "frames"
+# of a training batch: which example a row is, as its number in the plan (-1: none), and what it counts
+EXAMPLE, WEIGHT = "example", "weight"
 # splits
 TRAIN, VAL, GAP = "train", "val", "gap"
 

@@ -257,7 +257,7 @@ def _train_worker(config: dict[str, Any]) -> None:
 def round_line(report: RoundReport) -> str:
     """A round in one line."""
     losses = "  ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
-    lost = f"  unreadable {report.unreadable}" if report.unreadable else ""
+    lost = f"  {report.left_out} left out ({report.unreadable} unreadable)" if report.left_out else ""
     return (
         f"epoch {report.epoch + 1}  step {report.step}/{report.num_steps}  {losses}  "
         f"{report.examples_per_s:.1f} examples/s  data-wait {report.wait_fraction:.1%}{lost}"

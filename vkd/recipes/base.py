@@ -12,7 +12,8 @@ from vkd.models import ModelSpec
 from vkd.schema import TensorType
 from vkd.students.base import Student
 
-Batch = dict[str, Tensor]  # "frames" uint8 [b, t, s, s, 3], "<alias>.<label>" float32, "label" int64 (-1: none), "weight" float32 [b]
+# "frames" uint8 [b, t, s, s, 3], "<alias>.<label>" float32, "label" and "example" int64 (-1: none), "weight" float32 [b]
+Batch = dict[str, Tensor]
 Losses = dict[str, tuple[Tensor, Tensor]]  # name -> (weighted sum over the rows, count of rows that it counts)
 Emits = Mapping[str, Mapping[str, TensorType]]  # teacher alias -> what it emits
 

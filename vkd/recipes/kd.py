@@ -13,7 +13,7 @@ from vkd.losses import distillation
 from vkd.losses.distillation import SumAndCount
 from vkd.models import ModelSpec, build
 from vkd.recipes.base import Batch, Distiller, Emits, Losses, Recipe
-from vkd.schema import LABEL, TensorType
+from vkd.schema import LABEL, WEIGHT, TensorType
 from vkd.students import STUDENTS
 from vkd.students.base import FEATURES, Student
 
@@ -108,7 +108,7 @@ class KDDistiller(Distiller):
         return losses
 
     def _loss(self, name: str, outputs: Batch, batch: Batch) -> SumAndCount:
-        weight = batch["weight"]
+        weight = batch[WEIGHT]
         if name == CROSS_ENTROPY:
             return distillation.cross_entropy(self.classifier(outputs[FEATURES]), batch[LABEL], weight)
         student, teacher = outputs[LEARNS_FROM[name]], batch[f"{TEACHER}.{LEARNS_FROM[name]}"]
