@@ -1,0 +1,66 @@
+"""Transfers: on a CPU nothing is copied or waited for; on a GPU (skipped without one) a step is never waited for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from vkd import transfer
+from vkd.transfer import ToDevice
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_a_batch_on_the_cpu_is_the_same_tensors() -> None:
+    batch = {"frames": torch.zeros(2, 3, dtype=torch.uint8), "weight": torch.ones(2)}
+    moved = ToDevice("cpu")(batch)
+    assert list(moved) == list(batch)
+    assert all(moved[name] is batch[name] for name in batch)
+
+
+def test_nothing_is_pinned_where_no_gpu_is_used() -> None:
+    if not torch.cuda.is_initialized():
+        tensor = torch.ones(3)
+        assert transfer.pinned(tensor) is tensor
+        assert not transfer.staged(np.ones(3)).is_pinned()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_staged_rows_are_a_writable_copy(dtype: type, num_rows: int) -> None:
+    rows = np.arange(num_rows * 4).reshape(num_rows, 2, 2).astype(dtype)[:, ::-1]
+    rows.flags.writeable = False
+    tensor = transfer.staged(rows)
+    np.testing.assert_array_equal(tensor.numpy(), rows)
+    assert tensor.numpy().dtype == dtype
+    tensor += 1
+    np.testing.assert_array_equal(tensor.numpy(), rows + 1)
+
+
+def test_columns_come_to_the_host() -> None:
+    columns = {"a": torch.ones(2, 3), "b": torch.arange(2)}
+    found = transfer.to_host(columns)
+    assert {name: array.tolist() for name, array in found.items()} == {"a": [[1, 1, 1]] * 2, "b": [0, 1]}
+
+
+@needs_a_gpu
+def test_many_batches_arrive_whole_on_a_gpu() -> None:
+    to_device, total = ToDevice("cuda"), torch.zeros(1 << 20, device="cuda")
+    for value in range(50):
+        arrived = to_device({"x": torch.full((1 << 20,), float(value))})["x"]
+        total += arrived * arrived.sin().asin().cos() ** 0
+    assert transfer.to_host({"total": total})["total"].tolist() == [sum(range(50))] * (1 << 20)
+
+
+@needs_a_gpu
+def test_a_gpu_is_not_waited_for() -> None:
+    to_device, weight = ToDevice("cuda"), torch.ones(64, 64, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            weight = to_device({"x": torch.ones(64, 64)})["x"] @ weight / 64
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert weight.is_cuda
