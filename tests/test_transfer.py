@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +46,55 @@ def test_columns_come_to_the_host() -> None:
     columns = {"a": torch.ones(2, 3), "b": torch.arange(2)}
     found = transfer.to_host(columns)
     assert {name: array.tolist() for name, array in found.items()} == {"a": [[1, 1, 1]] * 2, "b": [0, 1]}
+
+
+class FakeStream:
+    """Notes what waits for it."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def fake_cuda(log: list[str], monkeypatch: pytest.MonkeyPatch) -> ToDevice:
+    """A copier on the CPU that takes the path of a GPU and notes its steps."""
+    numbers = itertools.count()
+
+    class FakeEvent:
+        def __init__(self, blocking: bool) -> None:
+            self.number = next(numbers)
+
+        def record(self, stream: FakeStream) -> None:
+            log.append(f"event {self.number} on {stream.name}")
+
+        def synchronize(self) -> None:
+            log.append(f"host waits for event {self.number}")
+
+    @contextlib.contextmanager
+    def stream(entered: FakeStream) -> Iterator[None]:
+        log.append(f"copies on {entered.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream(log, "main"))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
+    to_device = ToDevice("cpu")
+    to_device._stream = FakeStream(log, "side")
+    return to_device
+
+
+def test_a_copy_waits_for_no_step_but_the_one_before_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    to_device, batch = fake_cuda(log, monkeypatch), {"x": torch.ones(2)}
+    for step in range(3):
+        assert to_device(batch)["x"].tolist() == [1, 1]
+        log.append(f"step {step}")
+    copied = ["copies on side", "main waits for side", "kept for main"]
+    first, second = ["event 0 on main", *copied, "step 0"], ["event 1 on main", "host waits for event 0", *copied, "step 1"]
+    assert log == [*first, *second, "event 2 on main", "host waits for event 1", *copied, "step 2"]
 
 
 @needs_a_gpu
