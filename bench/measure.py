@@ -15,9 +15,12 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is imported
 
-import ray  # noqa: F401  # brings psutil along
+try:
+    import psutil
+except ModuleNotFoundError:
+    import ray  # noqa: F401  # brings it along
 
-import psutil  # isort: skip
+    import psutil  # isort: skip
 
 SHARED_MEMORY = "/dev/shm"
 

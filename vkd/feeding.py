@@ -23,6 +23,7 @@ from vkd.run import Run
 from vkd.stages import clip_of, decode_or_reject
 from vkd.store.encodings import decode
 from vkd.store.labelset import LabelSet, Reject
+from vkd.transfer import pinned
 from vkd.window import Awaited
 
 READ_AHEAD_BATCHES = 8  # refilled in bursts of half: makers that work side by side disturb the trainer's threads less
@@ -169,7 +170,7 @@ class Feeder:
         parts = [part for part in parts if len(part[schema.WEIGHT])]
         if not parts:
             parts = [self._masked_row()]
-        return {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+        return {name: pinned(torch.from_numpy(np.concatenate([part[name] for part in parts]))) for name in parts[0]}
 
     def _columns(self, chunk: _Loaded, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         if FRAMES_ALIAS in chunk.tables:

@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vkd import gather
 from vkd.checkpoint import Position
 from vkd.feeding import Fed, Feeder
-from vkd.recipes.base import Batch, Distiller, Losses
+from vkd.recipes.base import Distiller, Losses
 from vkd.rounds import num_steps, rounds_from
 from vkd.run import Train
+from vkd.transfer import ToDevice
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(_parameter_groups(distiller, train.weight_decay), lr=train.learning_rate)
         bf16 = train.precision == "bf16" or (train.precision == "auto" and device == "cuda")
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
+        self.to_device = ToDevice(device)
 
     def fit(self, feeder: Feeder, every_examples: int, position: Position, on_round: Callable[[RoundReport, Position], None]) -> Position:
         """Train from `position` to the end; `on_round` is called on every rank once a round is trained."""
@@ -62,10 +64,10 @@ class Loop:
                 on_round(meter.report(fed, position.step, total, rate), position)
         return position
 
-    def _step(self, model: nn.Module, fed: Fed, rate: float) -> dict[str, float]:
+    def _step(self, model: nn.Module, fed: Fed, rate: float) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch: Batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in fed.batch.items()}
+        batch = self.to_device(fed.batch)
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast:
             losses: Losses = model(batch)
@@ -85,19 +87,29 @@ class _Meter:
 
     def _reset(self) -> None:
         self.fresh, self.started_s, self.waited_s = True, time.monotonic(), self.feeder.wait_s
-        self.sums: dict[str, float] = {}
+        self.names: list[str] = []  # of every loss of every step, with its mean, and the examples of the step
+        self.means: list[Tensor] = []
+        self.counts: list[int] = []
         self.num_examples = 0
 
-    def add(self, losses: dict[str, float], num_examples: int) -> None:
+    def add(self, losses: dict[str, Tensor], num_examples: int) -> None:
         self.fresh = False
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value * num_examples
+        self.names += losses
+        self.means += losses.values()
+        self.counts += [num_examples] * len(losses)
         self.num_examples += num_examples
 
+    def losses(self) -> dict[str, float]:
+        """Means over the round. They become numbers here and not in each step, where a GPU would be waited for."""
+        sums: dict[str, float] = {}
+        for name, mean, num_examples in zip(self.names, torch.stack(self.means).tolist(), self.counts, strict=True):
+            sums[name] = sums.get(name, 0.0) + mean * num_examples
+        return {name: total / self.num_examples for name, total in sums.items()}
+
     def report(self, fed: Fed, step: int, total: int, rate: float) -> RoundReport:
+        losses = self.losses()
         elapsed_s = max(time.monotonic() - self.started_s, 1e-9)
         waited_s = self.feeder.wait_s - self.waited_s
-        losses = {name: value / self.num_examples for name, value in self.sums.items()}
         speed = self.num_examples / elapsed_s
         lost = self.feeder.unreadable, self.feeder.left_out
         self._reset()

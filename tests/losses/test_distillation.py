@@ -110,6 +110,22 @@ def test_similarity_preserving_leaves_rows_of_weight_0_out() -> None:
     torch.testing.assert_close(masked, similarity_preserving(student[kept], teacher[kept], ones(3)))
 
 
+def test_similarity_preserving_adds_up_when_each_part_sees_all_rows() -> None:
+    student, teacher = rows(6)
+    weight = torch.tensor([1.0, 0.5, 0, 2, 1, 1], dtype=torch.float64)
+    seen: list[Tensor] = []
+
+    def note(own: Tensor) -> Tensor:
+        seen.append(own)
+        return own
+
+    whole = similarity_preserving(student, teacher, weight, note)
+    cuts = (slice(0, 2), slice(2, 3), slice(3, 6))
+    parts = [similarity_preserving(student[cut], teacher[cut], weight[cut], lambda own: seen[0]) for cut in cuts]
+    torch.testing.assert_close(tuple(map(sum, zip(*parts, strict=True))), whole)
+    torch.testing.assert_close(similarity_preserving(student, teacher, weight), whole)
+
+
 def test_similarity_preserving_of_one_row_is_0() -> None:
     student, teacher = rows(1)
     total, count = similarity_preserving(student, teacher, ones(1))

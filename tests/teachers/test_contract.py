@@ -37,7 +37,10 @@ CASES: dict[str, tuple[Callable[[Path], Options], list[Callable[[Path], Options]
         lambda tmp: {"num_frames": 2},
         [lambda tmp: {"pool": "max"}, lambda tmp: {"precision": "bf16"}, lambda tmp: {"variant": 1}],
     ),
-    "student": (lambda tmp: {"path": exported_student(tmp / "a")}, [lambda tmp: {"path": exported_student(tmp / "b", seed=1)}]),
+    "student": (
+        lambda tmp: {"path": exported_student(tmp / "a")},
+        [lambda tmp: {"path": exported_student(tmp / "b", seed=1)}, lambda tmp: {"precision": "bf16"}],
+    ),
 }
 
 

@@ -46,3 +46,16 @@ def test_config_without_sampling_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "sampling"}))
     with pytest.raises(TeacherError, match="sampling"):
         StudentTeacher(str(file.parent))
+
+
+def test_bf16_is_near_fp32(tmp_path: Path) -> None:
+    path = exported_student(tmp_path / "student")
+    full, low = StudentTeacher(path), StudentTeacher(path, precision="bf16")
+    for teacher in (full, low):
+        teacher.load("cpu")
+    a, b = (torch.tensor(teacher(teacher.probe_batch())["logits"]) for teacher in (full, low))
+    assert a.dtype == b.dtype == torch.float32
+    assert 0.99 < float(torch.cosine_similarity(a, b)) < 1 - 1e-7
+    assert "precision" not in full.identity()
+    with pytest.raises(ValueError, match="precision is 'auto'"):
+        StudentTeacher(path, precision="auto")

@@ -6,6 +6,8 @@ nothing, whatever they hold; with no row left the sum is 0 and still has a gradi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -34,15 +36,24 @@ def mse(student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"], weight: Fl
     return _sum_and_count((_kept(student, weight) - _kept(teacher.detach(), weight)).square().mean(dim=1), weight)
 
 
-def similarity_preserving(student: Float[Tensor, "b ds"], teacher: Float[Tensor, "b dt"], weight: Float[Tensor, " b"]) -> SumAndCount:
+def similarity_preserving(
+    student: Float[Tensor, "b ds"],
+    teacher: Float[Tensor, "b dt"],
+    weight: Float[Tensor, " b"],
+    all_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> SumAndCount:
     """Squared difference of the rows of the L2-row-normalised Gram matrices, mean over the n rows of weight > 0.
 
     With weights of 0 and 1, sum / count is ||G_T - G_S||_F^2 / n^2 (Tung & Mori 2019). A row's loss depends on the rows
-    beside it: sums of two half batches do not add up to that of the whole.
+    beside it: `all_rows` gives those of all ranks from this rank's, and lets gradients flow back. Each rank sums over its own
+    rows, compared with all; then the sums and counts of ranks add up to those of the whole batch.
     """
-    difference = _normalised_gram(_kept(student, weight)) - _normalised_gram(_kept(teacher.detach(), weight))
-    num_rows = (weight > 0).sum().clamp(min=1)
-    return _sum_and_count(difference.square().sum(dim=1) / num_rows, weight)
+    present = weight > 0
+    own = torch.cat([_kept(student, weight), _kept(teacher.detach(), weight), present[:, None]], dim=1)
+    bounds = [student.shape[1], student.shape[1] + teacher.shape[1]]
+    (own_s, own_t, _), (all_s, all_t, all_present) = (rows.tensor_split(bounds, dim=1) for rows in (own, all_rows(own)))
+    difference = _normalised_gram(own_s, all_s) - _normalised_gram(own_t, all_t)
+    return _sum_and_count(difference.square().sum(dim=1) / all_present.sum().clamp(min=1), weight)
 
 
 def cross_entropy(logits: Float[Tensor, "b c"], label: Int[Tensor, " b"], weight: Float[Tensor, " b"]) -> SumAndCount:
@@ -51,8 +62,8 @@ def cross_entropy(logits: Float[Tensor, "b c"], label: Int[Tensor, " b"], weight
     return _sum_and_count(F.cross_entropy(_kept(logits, weight), label.clamp(min=0), reduction="none"), weight)
 
 
-def _normalised_gram(x: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
-    return F.normalize(x @ x.T, dim=1)
+def _normalised_gram(x: Float[Tensor, "b d"], others: Float[Tensor, "n d"]) -> Float[Tensor, "b n"]:
+    return F.normalize(x @ others.T, dim=1)
 
 
 def _kept(x: Float[Tensor, "b d"], weight: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:

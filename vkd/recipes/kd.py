@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
+from vkd import gather
 from vkd.errors import ConfigError
 from vkd.losses import distillation
 from vkd.losses.distillation import SumAndCount
@@ -114,5 +115,7 @@ class KDDistiller(Distiller):
         student, teacher = outputs[LEARNS_FROM[name]], batch[f"{TEACHER}.{LEARNS_FROM[name]}"]
         if name == "kl":
             return distillation.kl(student, teacher, self.temperature, weight)
-        loss = {"cosine": distillation.cosine, "mse": distillation.mse, "similarity": distillation.similarity_preserving}[name]
+        if name == "similarity":
+            return distillation.similarity_preserving(student, teacher, weight, gather.rows_over_ranks)
+        loss = {"cosine": distillation.cosine, "mse": distillation.mse}[name]
         return loss(student, teacher, weight)

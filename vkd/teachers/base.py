@@ -8,11 +8,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vkd.clips import Sampling
 from vkd.errors import TeacherError
 from vkd.schema import FRAMES, Columns, TensorType
+from vkd.transfer import ToDevice, staged, to_host
+
+PRECISIONS = ("fp32", "bf16")
 
 
 class Teacher(ABC):
@@ -53,21 +56,28 @@ class Teacher(ABC):
 
 
 class HalvingBatches:
-    """Applies a function to sub-batches; when the device is out of memory it halves `batch_size`, for good, and goes on."""
+    """Applies a network to sub-batches; when the device is out of memory it halves `batch_size`, for good, and goes on.
 
-    def __init__(self, batch_size: int) -> None:
+    On a GPU nothing is waited for until all is asked: a sub-batch is copied while the one before it computes, and answers
+    come to the host together. `precision` is `fp32`, or `bf16` for autocast.
+    """
+
+    def __init__(self, batch_size: int, device: str = "cpu", precision: str = "fp32") -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        self.batch_size = batch_size
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; it can be {', '.join(PRECISIONS)}")
+        self.batch_size, self._to_device = batch_size, ToDevice(device)
+        self._autocast = torch.autocast(self._to_device.device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    def run(self, fn: Callable[[np.ndarray], Columns], rows: np.ndarray) -> Columns:
-        """`fn` of all rows. Raises TeacherError when even one row does not fit."""
-        parts: list[Columns] = []
+    def run(self, fn: Callable[[Tensor], Mapping[str, Tensor]], rows: np.ndarray) -> Columns:
+        """`fn` of all rows; it gets and gives tensors on the device. Raises TeacherError when even one row does not fit."""
+        parts: list[Mapping[str, Tensor]] = []
         done = 0
         while done < len(rows) or not parts:
             part = rows[done : done + self.batch_size]
             try:
-                parts.append(fn(part))
+                parts.append(self._ask(fn, part))
                 done += len(part)
                 continue
             except torch.OutOfMemoryError as error:
@@ -77,7 +87,13 @@ class HalvingBatches:
             # after the except clause, whose traceback would keep the failed call's tensors alive
             torch.cuda.empty_cache()
             self.batch_size = len(part) // 2
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return to_host({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    @torch.inference_mode()
+    def _ask(self, fn: Callable[[Tensor], Mapping[str, Tensor]], rows: np.ndarray) -> Mapping[str, Tensor]:
+        on_device = self._to_device({FRAMES: staged(rows)})[FRAMES]
+        with self._autocast:
+            return fn(on_device)
 
 
 def probe_frames(sampling: Sampling) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from vkd.clips import Sampling
 from vkd.errors import TeacherError
 from vkd.schema import FRAMES, Columns, TensorType
-from vkd.teachers.base import HalvingBatches, Teacher
+from vkd.teachers.base import PRECISIONS, HalvingBatches, Teacher
 
 # what torch.load raises on truncated files and flipped bytes, tried with 600 of them
 _DAMAGED = (
@@ -186,7 +186,7 @@ class EfficientNetLiteTeacher(Teacher):
         for name, value, known in (
             ("variant", variant, tuple(VARIANTS)),
             ("pool", pool, ("mean", "max")),
-            ("precision", precision, ("fp32", "bf16")),
+            ("precision", precision, PRECISIONS),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(str, known))}")
@@ -194,7 +194,6 @@ class EfficientNetLiteTeacher(Teacher):
         # bicubic because TensorFlow's bilinear, which they were trained with, does not antialias: timm found it the closer match
         self.sampling = Sampling(num_frames=num_frames, size_px=VARIANTS[variant].size_px, resize="bicubic")
         self.batch_size, self._batches = batch_size, HalvingBatches(batch_size)
-        self._device = torch.device("cpu")
         self._network: EfficientNetLite | None = None
 
     @property
@@ -217,10 +216,9 @@ class EfficientNetLiteTeacher(Teacher):
         network = EfficientNetLite(VARIANTS[self.variant])
         load_weights(network, self._weights_path())
         network = fold_batch_norms(network.eval()).requires_grad_(False)
-        self._device = torch.device(device)
-        self._network = network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # measured: one clip's activations stay in a CPU's cache; eight at a time cost 1.2 to 1.8 times as much a clip
-        self._batches = HalvingBatches(1 if self._device.type == "cpu" else self.batch_size)
+        self._batches = HalvingBatches(1 if device == "cpu" else self.batch_size, device, self.precision)
 
     @property
     def module(self) -> nn.Module:
@@ -231,14 +229,11 @@ class EfficientNetLiteTeacher(Teacher):
     def __call__(self, batch: Columns) -> Columns:
         return batch | self._batches.run(self._labels, batch[FRAMES])
 
-    @torch.inference_mode()
-    def _labels(self, clips: UInt8[np.ndarray, "b t s s 3"]) -> Columns:
-        frames = torch.from_numpy(np.array(clips)).to(self._device)  # a copy: Ray's arrays are read-only, which torch warns of
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            outputs = self.module(preprocess(frames.flatten(0, 1)))
+    def _labels(self, clips: UInt8[Tensor, "b t s s 3"]) -> dict[str, Float[Tensor, "b _"]]:
+        outputs = self.module(preprocess(clips.flatten(0, 1)))
         per_frame = (output.float().unflatten(0, clips.shape[:2]) for output in outputs)
         pooled = (x.mean(dim=1) if self.pool == "mean" else x.amax(dim=1) for x in per_frame)
-        return dict(zip(self.emits, (x.cpu().numpy() for x in pooled), strict=True))
+        return dict(zip(self.emits, pooled, strict=True))
 
     def _weights_path(self) -> Path:
         """Raises TeacherError when there is no such file."""

@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, cast
 
-import numpy as np
-import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from vkd.checkpoint import load_student
 from vkd.clips import Sampling
@@ -30,19 +28,18 @@ class StudentTeacher(Teacher):
     """An exported student, frozen: the output of every head that it was trained with, and its features.
 
     `path` is the export folder (config.json and model.safetensors); `batch_size` counts clips and halves by itself when the
-    device is out of memory.
+    device is out of memory; `precision` is `fp32`, or `bf16` for autocast.
     """
 
     version = 1
 
-    def __init__(self, path: str, batch_size: int = 32) -> None:
-        self.path = path
+    def __init__(self, path: str, batch_size: int = 32, precision: str = "fp32") -> None:
+        self.path, self.batch_size, self.precision = path, batch_size, precision
         try:
             self.sampling = Sampling.model_validate(json.loads(self._read(CONFIG))["sampling"])
         except _UNREADABLE as error:
             raise self._broken(CONFIG, error) from error
-        self._batches = HalvingBatches(batch_size)
-        self._device: torch.device | None = None
+        self._batches, self._loaded = HalvingBatches(batch_size, precision=precision), False
 
     @property
     def emits(self) -> Mapping[str, TensorType]:
@@ -53,11 +50,12 @@ class StudentTeacher(Teacher):
 
     def identity(self) -> dict[str, Any]:
         digests = {name: hashlib.sha256(self._read(name)).hexdigest() for name in (CONFIG, WEIGHTS)}
-        return {"name": "student", "version": self.version, "sha256": digests}
+        declared = {"precision": self.precision} if self.precision != "fp32" else {}  # sets from before there was a choice stay valid
+        return {"name": "student", "version": self.version, "sha256": digests} | declared
 
     def load(self, device: str) -> None:
-        self._device = torch.device(device)
-        self._student.to(self._device)
+        self._student.to(device)
+        self._batches, self._loaded = HalvingBatches(self.batch_size, device, self.precision), True
 
     @property
     def module(self) -> nn.Module:
@@ -66,12 +64,10 @@ class StudentTeacher(Teacher):
     def __call__(self, batch: Columns) -> Columns:
         return batch | self._batches.run(self._labels, batch[FRAMES])
 
-    @torch.inference_mode()
-    def _labels(self, clips: UInt8[np.ndarray, "b t s s 3"]) -> Columns:
-        if self._device is None:
+    def _labels(self, clips: UInt8[Tensor, "b t s s 3"]) -> dict[str, Float[Tensor, "b _"]]:
+        if not self._loaded:
             raise TeacherError("the student is not loaded", where=self.path, action="call load(device) first")
-        frames = torch.from_numpy(np.array(clips)).to(self._device)  # a copy: Ray's arrays are read-only, which torch warns of
-        return {name: output.float().cpu().numpy() for name, output in self._student(frames).items()}
+        return {name: output.float() for name, output in self._student(clips).items()}
 
     @cached_property
     def _student(self) -> Student:
