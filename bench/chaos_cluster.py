@@ -48,7 +48,8 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """For everything that belongs to this cluster, drivers included."""
-        here = {"PYTHONPATH": str(Path(__file__).parent)}  # of chaos_teacher.py
+        places = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]  # the first is that of chaos_teacher.py
+        here = {"PYTHONPATH": os.pathsep.join(filter(None, places))}
         return os.environ | QUICK_TO_NOTICE | here | {MARK: self.mark, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self.address}
 
     def start(self) -> None:
