@@ -83,6 +83,9 @@ class Cluster:
     def teacher_actors(self) -> list[psutil.Process]:
         return [p for p in self.processes() if any("_TeachStage" in word for word in _words(p))]
 
+    def train_workers(self) -> list[psutil.Process]:
+        return [p for p in self.processes() if any("RayTrainWorker" in word for word in _words(p))]
+
     def processes(self) -> list[psutil.Process]:
         """All that carry the mark, what they started, and what did so when it was looked for before, if alive."""
         alive = {process.pid: process for process in psutil.process_iter()}

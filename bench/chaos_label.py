@@ -20,7 +20,6 @@ import random
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -34,6 +33,7 @@ from typing import Any
 import yaml
 from chaos_check import CHUNK_SIZE, DECODE_WORKERS, TEACHER_ACTORS, compared, counts, notes_of, tree_of
 from chaos_cluster import NUM_CPUS, Cluster, kill
+from chaos_driver import Driver
 from chaos_teacher import num_noted
 from measure import arguments, corpus, finish
 
@@ -42,7 +42,6 @@ from vkd.manifest import BuildOptions, build
 
 import psutil  # isort: skip
 
-VKD = Path(sys.executable).with_name("vkd")
 KINDS = ("driver", "decode child", "decode worker", "teacher actor", "raylet", "head")
 IN_FLIGHT = 4 * (DECODE_WORKERS + TEACHER_ACTORS)  # what labelling bounds the object store to, in chunks
 SILENCE_S = 300.0  # without a new chunk: something hangs
@@ -80,62 +79,12 @@ class Commits(threading.Thread):
         self.join()
 
 
-class Driver:
-    """`vkd label`, started again whenever it has ended."""
-
-    def __init__(self, cluster: Cluster, run_file: Path, log: Path) -> None:
-        self.cluster, self.run_file, self.log = cluster, run_file, log
-        self.num_views, self.starts, self.tracebacks = 1, 0, 0
-        self.ends: Counter[str] = Counter()
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def keep_going(self) -> bool:
-        """Start it when it does not run; whether it found all labels of all views there."""
-        if self.process is not None:
-            if (code := self.process.poll()) is None:
-                return False
-            self._note(code)
-            if code == 0:
-                return True
-        self.starts += 1
-        words = [str(VKD), "label", str(self.run_file), f"data.views.count={self.num_views}", "--json"]
-        with self.log.open("wb") as file:
-            self.process = subprocess.Popen(
-                words, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.cluster.environment, start_new_session=True
-            )
-        return False
-
-    def one_more_view(self) -> None:
-        self.num_views, self.process = self.num_views + 1, None
-
-    def wait_for_end(self, timeout_s: float) -> bool:
-        """Whether it has ended by itself; else it is killed."""
-        assert self.process is not None
-        try:
-            self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            return False
-        return True
-
-    def last_words(self) -> str:
-        return self.log.read_text(errors="replace")[-3000:]
-
-    def _note(self, code: int) -> None:
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        line = next((line for line in reversed(lines) if line.startswith("vkd: ")), "")
-        self.tracebacks += any("Traceback" in line for line in lines)
-        if code:
-            self.ends[f"{code}: {line[:200]}" if line else str(code)] += 1
-            print(f"    driver ended with {code}: {line or lines[-1:]}", flush=True)
-
-
 class Chaos:
     """Kills one process after another, and counts what comes of it."""
 
-    def __init__(self, cluster: Cluster, driver: Driver, commits: Commits, seed: int) -> None:
-        self.cluster, self.driver, self.commits = cluster, driver, commits
+    def __init__(self, cluster: Cluster, run_file: Path, commits: Commits, seed: int) -> None:
+        self.cluster, self.run_file, self.commits, self.num_views = cluster, run_file, commits, 1
+        self.driver = Driver(cluster, words_of(run_file, 1), run_file.with_name("driver.log"))
         self.random = random.Random(seed)
         self.recovery_s: dict[str, list[float]] = defaultdict(list)
         self.hung = 0
@@ -171,7 +120,8 @@ class Chaos:
         self._last_change_s, self._last_count, self.new_chunk_s = time.monotonic(), before, 0.0
         while True:
             if self.driver.keep_going():
-                self.driver.one_more_view()
+                self.num_views += 1
+                self.driver.next(words_of(self.run_file, self.num_views))
             count = self.commits.num_chunks
             if count > before and not self.new_chunk_s:
                 self.new_chunk_s = time.monotonic()
@@ -220,6 +170,11 @@ class Chaos:
             raise RuntimeError(f"no new chunk for {SILENCE_S:.0f} s; the driver said {self.driver.last_words()}")
 
 
+def words_of(run_file: Path, num_views: int) -> list[str]:
+    """The command that labels so many views."""
+    return ["label", str(run_file), f"data.views.count={num_views}", "--json"]
+
+
 def main() -> None:
     options = arguments("vkd label under fire", kills=50, seed=0, clips="wagon", compare=0, keep=0)
     folder = Path(tempfile.mkdtemp(prefix="vkd-chaos-"))
@@ -239,8 +194,7 @@ def chaos(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     run_file.write_text(yaml.safe_dump(tree_of(folder)))
     started_s = time.monotonic()
     cluster, commits = Cluster(folder), Commits(store)
-    driver = Driver(cluster, run_file, folder / "driver.log")
-    trial = Chaos(cluster, driver, commits, options.seed)
+    trial = Chaos(cluster, run_file, commits, options.seed)
     try:
         cluster.start()
         commits.start()
@@ -250,16 +204,16 @@ def chaos(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     finally:
         cluster.kill_all()
     fire_s = time.monotonic() - started_s
-    run = run_files.parse(tree_of(folder), [f"data.views.count={driver.num_views}"])
+    run = run_files.parse(tree_of(folder), [f"data.views.count={trial.num_views}"])
     noted, found = num_noted(notes_of(folder)), counts(run)
     return {
         "kills": options.kills,
         **{f"kills, {kind}": len(seconds) for kind, seconds in trial.recovery_s.items()},
         **{f"s to the next chunk, {kind}": statistics.median(seconds) for kind, seconds in trial.recovery_s.items()},
         "wall_s": fire_s,
-        "driver_starts": driver.starts,
-        "driver_ends": dict(driver.ends),
-        "tracebacks": driver.tracebacks,
+        "driver_starts": trial.driver.starts,
+        "driver_ends": dict(trial.driver.ends),
+        "tracebacks": trial.driver.tracebacks,
         "drivers_hung": trial.hung,
         **found,
         "rewritten": dict(commits.rewritten),

@@ -50,18 +50,18 @@ def main() -> None:
 def measure(folder: Path, size: str, repeats: int) -> dict[str, Any]:
     """Bare loop and stored frames in turns, one pair to warm up; then one epoch that decodes as it goes."""
     run = _run(folder, size, keep_frames="jpeg")
-    batches = _in_memory(run)
-    pairs = [(_bare(run, batches * EPOCHS), _from_store(run, EPOCHS)) for _ in range(repeats + 1)][1:]
-    ratios = [stored.examples_per_s / bare.examples_per_s for bare, stored in pairs]
-    bare, unkept = _bare(run, batches), _from_store(_run(folder, size, keep_frames="none"), 1)
+    batches = in_memory(run)
+    pairs = [(bare(run, batches * EPOCHS), from_store(run, EPOCHS)) for _ in range(repeats + 1)][1:]
+    ratios = [stored.examples_per_s / plain.examples_per_s for plain, stored in pairs]
+    once, unkept = bare(run, batches), from_store(_run(folder, size, keep_frames="none"), 1)
     return {
-        "bare_examples_per_s": statistics.median(bare.examples_per_s for bare, _ in pairs),
+        "bare_examples_per_s": statistics.median(plain.examples_per_s for plain, _ in pairs),
         "stored_examples_per_s": statistics.median(stored.examples_per_s for _, stored in pairs),
         "data_wait": statistics.median(stored.data_wait for _, stored in pairs),
-        "cpu_per_example_ratio": statistics.median(stored.cpu_s / bare.cpu_s for bare, stored in pairs),
+        "cpu_per_example_ratio": statistics.median(stored.cpu_s / plain.cpu_s for plain, stored in pairs),
         "unkept_data_wait": unkept.data_wait,
-        "unkept_ratio": unkept.examples_per_s / bare.examples_per_s,
-        "unkept_bound": bare.cpu_s / unkept.cpu_s,
+        "unkept_ratio": unkept.examples_per_s / once.examples_per_s,
+        "unkept_bound": once.cpu_s / unkept.cpu_s,
         "ratio_spread": spread(ratios),
         "ratio": statistics.median(ratios),
     }
@@ -83,36 +83,36 @@ def _timed(work: Callable[[], float], num_examples: int) -> Measured:
     return Measured(num_examples / elapsed_s, wait_s / elapsed_s, time.process_time() - started_cpu_s)
 
 
-def _loop(run: Run) -> tuple[Loop, Feeder]:
+def loop(run: Run) -> tuple[Loop, Feeder]:
     plan, sets = open_sets(run, Plan.of(run))
     torch.manual_seed(0)
     emits = {alias: label_set.spec.tensors for alias, label_set in sets.items()}
     return Loop(run.recipe.distiller(emits, 0), run.train, "cpu"), Feeder(run, plan, sets, TRAIN)
 
 
-def _in_memory(run: Run) -> list[Fed]:
+def in_memory(run: Run) -> list[Fed]:
     """Every batch of an epoch, as the loop would get them."""
-    _, feeder = _loop(run)
+    _, feeder = loop(run)
     rounds = rounds_of_epoch(feeder.sizes, 0, run.checkpoint.every_examples, run.train.seed)
     return list(feeder.stream(rounds, run.train.batch_size, run.train.seed))
 
 
-def _from_store(run: Run, epochs: int) -> Measured:
+def from_store(run: Run, epochs: int) -> Measured:
     """vkd's loop over the store."""
     run = run.model_copy(update={"train": run.train.model_copy(update={"epochs": epochs})})
-    loop, feeder = _loop(run)
+    trained, feeder = loop(run)
 
     def work() -> float:
-        loop.fit(feeder, run.checkpoint.every_examples, Position(), lambda report, position: None)
+        trained.fit(feeder, run.checkpoint.every_examples, Position(), lambda report, position: None)
         return feeder.wait_s
 
     return _timed(work, epochs * sum(feeder.sizes))
 
 
-def _bare(run: Run, batches: list[Fed]) -> Measured:
+def bare(run: Run, batches: list[Fed]) -> Measured:
     """The same steps by a plain loop over tensors that are there."""
-    loop, _ = _loop(run)
-    distiller, optimizer = loop.distiller.train(), loop.optimizer
+    trained, _ = loop(run)
+    distiller, optimizer = trained.distiller.train(), trained.optimizer
 
     def work() -> float:
         for fed in batches:

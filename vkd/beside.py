@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.train import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vkd import cluster, labelling
@@ -151,7 +152,7 @@ def labelling_beside(run: Run, start: tuple[int, int], progress: Callable[[Label
         try:
             yield beside
             beside.finish()
-        except (VkdError, RayError):
+        except (VkdError, RayError, TrainingFailedError):
             beside.raise_its_error()
             raise
         finally:

@@ -70,6 +70,10 @@ class LabelsMissing(VkdError):
     exit_code = 2
 
 
+class LabellingEnded(LabelsMissing):
+    """Labelling that ran beside training ended without a chunk that training waits for; its own error says why."""
+
+
 class LabelsMismatch(VkdError):
     """The labels on disk belong to something else; the message names the field that differs."""
 

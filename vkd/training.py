@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Set
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import ray.train
 import torch
 import yaml
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from torch.utils.tensorboard import SummaryWriter
 
@@ -23,7 +23,7 @@ from vkd import checkpoint, cluster, gather, heartbeat, planning
 from vkd import run as run_files
 from vkd.beside import labelling_beside
 from vkd.checkpoint import Position, Saver
-from vkd.errors import ConfigError
+from vkd.errors import ConfigError, LabellingEnded
 from vkd.feeding import Feeder, open_sets
 from vkd.labelling import LabelReport, Progress
 from vkd.loop import Loop, RoundReport, as_metrics
@@ -105,7 +105,7 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
     if rank != 0:
         loop.fit(feeder, run.checkpoint.every_examples, position, lambda report, _: on_round(report))
         return
-    board = SummaryWriter(files.join(run.output, "tensorboard"), purge_step=position.step)
+    board = SummaryWriter(files.join(run.output, "tensorboard"), purge_step=position.step + 1)
     with closing(board), _Chief(run, attempt, loop, feeder, link) as chief:
 
         def after_round(report: RoundReport, reached: Position) -> None:
@@ -224,17 +224,29 @@ def _fit_group(run: Run, attempt: str, link: Link | None) -> None:
             what = f"{asked.min_workers} workers need {asked.min_workers * each:g} {kind}s, the cluster has {have.get(kind, 0):g}"
             raise ConfigError(what, where="compute.student", action=f"lower compute.student.workers or compute.student.{kind.lower()}s")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for the next check: 2 s by default
+    while True:
+        before = checkpoint.newest(run.output)
+        try:
+            _trainer(run, attempt, link).fit()
+            return
+        except WorkerGroupError:
+            if checkpoint.newest(run.output) == before:
+                raise
+            attempt = checkpoint.new_attempt(run.output)  # workers that die now and then end no training that gets on
+
+
+def _trainer(run: Run, attempt: str, link: Link | None) -> TorchTrainer:
+    asked = run.compute.student
     each_worker = {"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {})
     scaling = ScalingConfig(num_workers=asked.workers, use_gpu=asked.gpus > 0, resources_per_worker=each_worker)
-    retries = FailureConfig(max_failures=MAX_FAILURES)
     ray_run = RunConfig(
         name=os.path.basename(attempt),
         storage_path=files.join(run.output, "ray_train"),
-        failure_config=retries,
+        failure_config=FailureConfig(max_failures=MAX_FAILURES),
         logging_config=LoggingConfig("CRITICAL"),  # what goes wrong is raised
     )
     config = {"run": run.model_dump(mode="json"), "attempt": attempt, "link": link}
-    TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=ray_run).fit()
+    return TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=ray_run)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -250,7 +262,7 @@ def _train_worker(config: dict[str, Any]) -> None:
             sys.stderr.flush()
         ray.train.report(as_metrics(report))
 
-    with heartbeat.limited(run.compute.student.stalled_s) as beat:
+    with heartbeat.limited(run.compute.student.stalled_s) as beat, suppress(LabellingEnded):  # the driver says why it ended
         train_rank(run, config["attempt"], on_round, config["link"], beat)
 
 

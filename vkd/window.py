@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
-from vkd.errors import LabelsMissing
+from vkd.errors import LabellingEnded
 from vkd.rounds import Chunk
 from vkd.store import chunkfile
 from vkd.store.labelset import LabelSet, LabelSetSpec
@@ -110,7 +110,7 @@ class Awaited:
         self.stopped = threading.Event()  # by who no longer wants what it asked for
 
     def read(self, view: int, chunk: Chunk) -> pa.Table:
-        """All of one chunk, from the window or the store. Raises LabelsMissing when labelling ended without it."""
+        """All of one chunk, from the window or the store. Raises LabellingEnded when labelling ended without it."""
         looked_s = float("-inf")
         while not self.stopped.is_set():
             taken, data = self.link.take(Key(self.spec.alias, view, chunk))
@@ -125,4 +125,4 @@ class Awaited:
                 break
             time.sleep(POLL_S)
         what = f"labelling ended without chunk {chunk.index} of shard {chunk.shard}, view {view}"
-        raise LabelsMissing(what, where=self.spec.name, action="run the same command again")
+        raise LabellingEnded(what, where=self.spec.name, action="run the same command again")

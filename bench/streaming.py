@@ -1,0 +1,174 @@
+"""Teachers that label while a student trains, against what the cores allow.
+
+    python bench/streaming.py --json
+
+`live_ratio`: examples/s of one live epoch / cores over the sum of the stages' CPU seconds an example. Each stage (decoding, teacher,
+student) is measured alone, in this process, before the arms. Speed counts from the first committed chunk to the last round.
+`sleeping_ratio`: the same with teachers that sleep, against the slowest stage, which they are.
+`tee_ratio`: wall time of tee over 3 epochs / (one live epoch + 2 epochs of stored labels), each with its start and its end.
+`second_student_ratio`: a second student from tee's store / the bare student loop on batches in memory; it asks no teacher.
+With a student that sleeps after each round, the object store's peak stands beside its bound, and what was spilled.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from measure import Watch, arguments, corpus, finish, spread  # isort: skip  # before torch: it says how OpenMP's threads wait
+
+import numpy as np
+import ray
+import torch
+from ray._private.internal_api import memory_summary
+from train_speed import bare, in_memory
+
+from vkd import cluster, labelling, planning, stages, training, worklist
+from vkd import run as run_files
+from vkd.beside import TELL_S
+from vkd.loop import RoundReport
+from vkd.manifest import BuildOptions, build
+from vkd.planning import Plan
+from vkd.run import Run
+from vkd.stages import ITEM, STATS
+from vkd.store.labelset import LabelSet
+from vkd.teaching import Teach
+
+CHUNKS_ALONE = 4
+CHUNK_SIZE = 16
+SLEEPERS, SLEEP_S = 2, 6.0  # a chunk
+SLOW_S = 3.0  # after each round
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", repeats=2, clips="")
+    folder = Path(tempfile.mkdtemp(prefix="vkd-bench-"))
+    try:
+        build(str(corpus() / options.clips), str(folder / "manifest"), BuildOptions(chunk_size=CHUNK_SIZE))
+        finish(measure(folder, options.repeats), options.json)
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(folder: Path, repeats: int) -> dict[str, Any]:
+    """All arms in one Ray session."""
+    alone = stages_alone(folder)
+    cores = multiprocessing.cpu_count()
+    bound = cores / sum(alone.values())
+    found: dict[str, Any] = {f"{name}_cpu_s_an_example": value for name, value in alone.items()} | {"bound_examples_per_s": bound}
+    lives, tees = [], []
+    first = _run(folder, "alone", "stored")
+    with cluster.session(first.compute):
+        for repeat in range(repeats):
+            live, tee = trained(_run(folder, f"live{repeat}", "live")), trained(_run(folder, f"tee{repeat}", "tee", epochs=3))
+            stored = trained(_run(folder, f"tee{repeat}", "stored", "after", epochs=2))
+            lives.append(live["examples_per_s"] / bound)
+            tees.append(tee["wall_s"] / (live["wall_s"] + stored["wall_s"]))
+            print(f"repeat {repeat}: live {live}, tee {tee}, stored {stored}", flush=True)
+        found |= slow_student(folder) | sleeping(folder)
+    second = second_student(_run(folder, "tee0", "stored", "second"))
+    return (
+        found
+        | {"live_spread": spread(lives), "tee_spread": spread(tees), "second_student_spread": spread(second)}
+        | {"tee_ratio": statistics.median(tees), "second_student_ratio": statistics.median(second), "live_ratio": statistics.median(lives)}
+    )
+
+
+def stages_alone(folder: Path) -> dict[str, float]:
+    """CPU seconds that each stage takes for an example, the functions that workers call being called here, one after the other."""
+    run = _run(folder, "alone", "stored")
+    plan, teachers = Plan.of(run), planning.build_teachers(run.recipe.teachers)
+    specs = planning.label_specs(run, teachers)
+    step = max(1, len(plan.chunks) // (CHUNKS_ALONE + 1))
+    items = worklist.missing_items(run.store, [0], specs, plan.chunks[::step][: CHUNKS_ALONE + 1])
+    job = labelling._job(run, plan, specs, teachers, items)
+    LabelSet.create(run.store, specs["frames"], {}, stages.recorded(), {})
+    threads = torch.get_num_threads()
+    teach = Teach(job, "teacher", 1, last=True)
+    told = [Teach.__call__(teach, stages.decode(job, {ITEM: np.array([number])})) for number in range(len(items))]
+    torch.set_num_threads(threads)
+    counted = [json.loads(each[STATS][0]) for each in told[1:]]  # the first warms up
+    num_examples = sum(plan.examples(item.chunk).num_rows for item in items[1:])
+    small = run.model_copy(update={"labels": run.labels.model_copy(update={"allow_partial": True})})
+    batches = in_memory(small)
+    student = bare(small, batches * 3)
+    return {
+        "decode": sum(each["decode_s"] for each in counted) / num_examples,
+        "teacher": sum(each["teach_s"]["teacher"] for each in counted) / num_examples,
+        "student": student.cpu_s / (3 * sum(fed.num_examples for fed in batches)),
+    }
+
+
+def trained(run: Run, after_round: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Wall time of a whole training, and its examples/s from the first label (or round) to the last round."""
+    first_s, told = list[float](), list[tuple[float, RoundReport]]()
+    started_s = time.monotonic()
+
+    def on_round(report: RoundReport) -> None:
+        told.append((time.monotonic(), report))
+        after_round()
+
+    def on_labels(report: labelling.LabelReport) -> None:
+        if not first_s and report.done:
+            first_s.append(time.monotonic() - TELL_S)  # the driver looks once in this time
+
+    report = training.train(run, on_round, on_labels)
+    since_s = first_s[0] if first_s else started_s
+    return {
+        "wall_s": time.monotonic() - started_s,
+        "examples_per_s": report.num_examples / (told[-1][0] - since_s),
+        "start_s": since_s - started_s,
+    }
+
+
+def sleeping(folder: Path) -> dict[str, Any]:
+    """Live with teachers that sleep."""
+    teacher = f"recipe.teacher={{name: 'sleeping_teacher:SleepingTeacher', s_per_call: {SLEEP_S}}}"
+    run = _run(folder, "sleeping", "live", "out", 1, teacher, "recipe.weights={kl: 0, cosine: 1}", f"compute.teacher.actors={SLEEPERS}")
+    bound = SLEEPERS * CHUNK_SIZE / SLEEP_S
+    speed = trained(run)["examples_per_s"]
+    return {"sleeping_bound_examples_per_s": bound, "sleeping_examples_per_s": speed, "sleeping_ratio": speed / bound}
+
+
+def slow_student(folder: Path) -> dict[str, Any]:
+    """What the object store holds at most when labelling is faster than training."""
+    run = _run(folder, "slow", "live")
+    with Watch() as watch:
+        trained(run, lambda: time.sleep(SLOW_S))
+    told = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
+    spilled = [line for line in told.splitlines() if line.startswith("Spilled")]
+    return {"slow_student_object_store_bytes": watch.peak_shared_bytes, "window_bytes": run.labels.window_bytes, "spilled": spilled}
+
+
+def second_student(run: Run) -> list[float]:
+    """Examples/s of a training from the store against the bare loop, in turns."""
+    batches, ratios = in_memory(run), []
+    for repeat in range(3):
+        plain = bare(run, batches * 2).examples_per_s
+        again = run.model_copy(update={"output": f"{run.output}{repeat}", "train": run.train.model_copy(update={"epochs": 2})})
+        ratios.append(trained(again)["examples_per_s"] / plain)
+    return ratios
+
+
+def _run(folder: Path, name: str, mode: str, output: str = "out", epochs: int = 1, *overrides: str) -> Run:
+    tree = {
+        "name": name,
+        "output": str(folder / name / output),
+        "data": {"manifest": str(folder / "manifest"), "allow": [str(corpus())], "keep_frames": "jpeg"},
+        "labels": {"mode": mode, "store": str(folder / name / "labels")},
+        "recipe": {"name": "kd", "teacher": "efficientnet_lite", "student": {"name": "shift_cnn", "size": "small"}},
+        "train": {"epochs": epochs, "batch_size": 16},
+        "checkpoint": {"every_examples": 48},
+    }
+    return run_files.parse(tree, overrides)
+
+
+if __name__ == "__main__":
+    main()
