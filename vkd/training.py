@@ -17,7 +17,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from torch.utils.tensorboard import SummaryWriter
 
-from vkd import checkpoint, cluster, gather
+from vkd import checkpoint, cluster, gather, teacher_use
 from vkd import run as run_files
 from vkd.checkpoint import Position
 from vkd.errors import ConfigError
@@ -29,11 +29,15 @@ from vkd.schema import TRAIN
 from vkd.stages import device
 from vkd.store import files
 from vkd.store.labelset import LabelSet
+from vkd.teacher_use import TeacherUse
 
 OnRound = Callable[[RoundReport], None]
 MAX_FAILURES = 3
 DECIDES = ("data", "labels", "recipe", "train", "checkpoint")  # sections that decide the weights; compute does not
-DECIDES_NOT = {"data": {"allow", "max_reject_fraction", "max_inline_bytes", "max_requests_per_s"}}  # less these
+DECIDES_NOT = {  # less these
+    "data": {"allow", "max_reject_fraction", "max_inline_bytes", "max_requests_per_s"},
+    "train": {"check_every_steps"},
+}
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,16 @@ def train_rank(run: Run, attempt: str, on_round: OnRound) -> None:
         )
     found = checkpoint.newest(run.output)
     position = checkpoint.restore(found, loop.distiller, loop.optimizer) if found else Position()
+    use = _watched(run, loop, position)
     board = SummaryWriter(files.join(run.output, "tensorboard"), purge_step=position.step) if rank == 0 else None
 
     def after_round(report: RoundReport, reached: Position) -> None:
         if board is not None:
             checkpoint.save(attempt, reached, loop.distiller, loop.optimizer)
             checkpoint.prune(run.output, run.checkpoint.keep)
-            for name, value in as_metrics(report).items():
+            for name, value in (as_metrics(report) | use.metrics()).items():
                 board.add_scalar(name, value, reached.step)
+            use.save(run.output)
         on_round(report)
 
     position = loop.fit(feeder, run.checkpoint.every_examples, position, after_round)
@@ -118,6 +124,15 @@ def _loop(run: Run) -> tuple[Plan, dict[str, LabelSet], Loop]:
     emits = {alias: label_set.spec.tensors for alias, label_set in sets.items()}
     torch.manual_seed(run.train.seed)
     return plan, sets, Loop(run.recipe.distiller(emits, len(plan.classes())), run.train, device())
+
+
+def _watched(run: Run, loop: Loop, position: Position) -> TeacherUse:
+    """Watches whether the loop's student uses its teacher; after a resume it knows what was found before."""
+    use = TeacherUse(loop, run.recipe.needs)
+    if position.step and (found := teacher_use.load(run.output)):
+        use.recall(found)
+    loop.watch = use
+    return use
 
 
 def _export(run: Run, loop: Loop, sets: Mapping[str, LabelSet], position: Position, folder: str) -> None:

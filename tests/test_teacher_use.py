@@ -1,0 +1,198 @@
+"""Is the teacher really used? Each way not to use it is found by its name, a healthy training gives no warning, and none is changed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import fakes
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vkd import gather, teacher_use
+from vkd.checkpoint import Position
+from vkd.clips import Sampling
+from vkd.errors import StorageError
+from vkd.feeding import Fed, Feeder
+from vkd.loop import Loop, RoundReport
+from vkd.recipes.base import Batch, Losses
+from vkd.recipes.kd import KD, KDDistiller
+from vkd.rounds import Round, batches_of_round, rank_slice
+from vkd.run import Train
+from vkd.students.base import Student
+from vkd.teacher_use import TeacherUse
+
+TEACHER = fakes.TinyTeacher()
+NUM_STEPS, BATCH_SIZE = 110, 16
+NEEDS = ("teacher.embedding", "teacher.logits")
+Spoil = Callable[[Batch], Batch]
+
+
+def clips(num_clips: int, seed: int) -> Batch:
+    """Clips of one colour each, under noise, and what TinyTeacher says of them."""
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(0, 256, (num_clips, 1, 1, 1, 3))
+    frames = np.clip(colours + rng.normal(0, 20, (num_clips, 2, 16, 16, 3)), 0, 255).astype(np.uint8)
+    labels = {f"teacher.{name}": torch.from_numpy(values.copy()) for name, values in TEACHER.labels(frames).items()}
+    class_ = torch.from_numpy((colours.reshape(-1, 3)[:, 0] > 127).astype(np.int64))
+    return {"frames": torch.from_numpy(frames), "label": class_, "weight": torch.ones(num_clips)} | labels
+
+
+class InMemory:
+    """Feeds clips that nobody has seen before, as a long video corpus does; `spoil` changes them."""
+
+    def __init__(self, spoil: Spoil = dict, num_clips: int = NUM_STEPS * BATCH_SIZE, seed: int = 0) -> None:
+        self.rank, self.world_size = gather.world()
+        self.sizes, self.wait_s, self.unreadable = [num_clips], 0.0, 0
+        self.clips = spoil(clips(num_clips, seed))
+
+    def stream(self, rounds: Sequence[Round], batch_size: int, seed: int) -> Iterator[Fed]:
+        for round_ in rounds:
+            batches = batches_of_round([list(range(size)) for size in self.sizes], round_, batch_size, seed)
+            for number, batch in enumerate(batches):
+                rows = [row.row for row in rank_slice(batch, self.rank, self.world_size)]
+                part = {name: tensor[rows or [0]].clone() for name, tensor in self.clips.items()}
+                part["weight"] *= bool(rows)
+                yield Fed(round_, part, len(batch), number == len(batches) - 1)
+
+
+class Colours(Student):
+    """Sees mean colours; has dropout and BatchNorm, so that random numbers and buffers matter."""
+
+    def __init__(self, heads: dict[str, int]) -> None:
+        super().__init__(Sampling(num_frames=2, size_px=16), 32, heads)
+        self.trunk = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 32), nn.ReLU())
+
+    def features(self, clips: Tensor) -> Tensor:
+        found: Tensor = self.trunk(clips.mean(dim=(3, 4)).flatten(1))
+        return found
+
+
+def loop_of(weights: dict[str, float], seed: int = 0, **train: Any) -> Loop:
+    """An untrained loop of a student of colours."""
+    torch.manual_seed(seed)
+    student = {"name": f"{__name__}:Colours"}
+    recipe = KD.model_validate({"name": "kd", "teacher": "t", "student": student, "weights": {"kl": 0, "cosine": 0} | weights})
+    options = {"epochs": 1, "batch_size": BATCH_SIZE, "learning_rate": 0.01, "seed": seed, "check_every_steps": 50} | train
+    return Loop(recipe.distiller({"teacher": TEACHER.emits}, 2), Train(**options), "cpu")
+
+
+def fit(loop: Loop, feeder: InMemory, needs: Sequence[str] = NEEDS, told: list[RoundReport] | None = None) -> TeacherUse:
+    use = TeacherUse(loop, needs)
+    loop.watch = use
+    loop.fit(cast(Feeder, feeder), 10**9, Position(), lambda report, _: None if told is None else told.append(report))
+    return use
+
+
+def kinds(use: TeacherUse) -> set[tuple[str, str]]:
+    return {(finding.kind, finding.where) for finding in use.findings()}
+
+
+def permuted(batch: Batch) -> Batch:
+    order = torch.from_numpy(np.random.default_rng(5).permutation(len(batch["weight"])))
+    return batch | {name: batch[name][order] for name in NEEDS}
+
+
+def replaced(batch: Batch, name: str, change: Callable[[Tensor], Tensor]) -> Batch:
+    return batch | {name: change(batch[name].clone())}
+
+
+def dead(labels: Tensor) -> Tensor:
+    labels[:, 2] = 0
+    return labels
+
+
+def not_finite(labels: Tensor) -> Tensor:
+    labels[::7, 1] = torch.nan
+    return labels
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_healthy_training_gives_no_warning(capfd: pytest.CaptureFixture[str], seed: int) -> None:
+    weights = {"kl": 1.0, "cosine": 1.0, "mse": 1.0, "cross_entropy": 1.0}
+    use = fit(loop_of(weights, seed), InMemory(seed=seed))
+    assert use.judged
+    assert use.findings() == []
+    assert "warning" not in capfd.readouterr().err
+    found = use.document()
+    assert {name: control["depends"] for name, control in found["losses"].items()} == {name: name != "cross_entropy" for name in weights}
+    assert found["losses"]["cross_entropy"]["margin"] == 0
+    assert all(found["losses"][name]["margin"] > 5 for name in ("kl", "cosine", "mse"))
+    assert sum(found["gradient_share"].values()) == pytest.approx(1)
+    for agreement in found["agreement"].values():
+        assert agreement["labels"] > agreement["shuffled"] + 0.2
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_of_other_clips_are_found(capfd: pytest.CaptureFixture[str], seed: int) -> None:
+    use = fit(loop_of({"kl": 1.0, "cosine": 1.0, "cross_entropy": 1.0}, seed), InMemory(permuted, seed=seed))
+    assert kinds(use) == {("unused", "kl"), ("unused", "cosine")}
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2  # each once
+    assert all(line.startswith("warning: ") and "those of other clips" in line and " -> check that labels" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "found"),
+    [
+        ("teacher.embedding", lambda labels: labels[:1].repeat(len(labels), 1), {("constant", "teacher.embedding")}),
+        ("teacher.embedding", dead, {("dead", "teacher.embedding")}),
+        ("teacher.logits", not_finite, {("not_finite", "teacher.logits")}),
+    ],
+)
+def test_a_column_that_says_nothing_is_found(name: str, change: Callable[[Tensor], Tensor], found: set[tuple[str, str]]) -> None:
+    loop = loop_of({"mse": 1.0} if name == "teacher.embedding" else {"cosine": 1.0}, check_every_steps=10)
+    use = fit(loop, InMemory(lambda batch: replaced(batch, name, change), num_clips=12 * BATCH_SIZE))
+    assert kinds(use) == found
+
+
+def test_few_clips_are_no_evidence() -> None:
+    """Columns are judged by clips, not by how often epochs bring them back."""
+    spoilt = [lambda labels: labels[:1].repeat(len(labels), 1), dead]
+    for change in spoilt:
+        feeder = InMemory(lambda batch, change=change: replaced(batch, "teacher.embedding", change), num_clips=24)  # type: ignore[misc]
+        use = fit(loop_of({"kl": 1.0}, epochs=20, check_every_steps=5), feeder)
+        assert use.columns["teacher.embedding"].num_rows == 24
+        assert use.findings() == []
+
+
+def test_a_loss_that_drowns_is_found_before_training(capfd: pytest.CaptureFixture[str]) -> None:
+    use = fit(loop_of({"kl": 1.0, "cosine": 1e-6}), InMemory(num_clips=BATCH_SIZE))
+    assert kinds(use) == {("drowned", "cosine")}
+    assert use.shares["cosine"] < 1e-4
+    assert capfd.readouterr().err.startswith("warning: cosine: ")
+
+
+class Blind(KDDistiller):
+    """Its losses look at no label."""
+
+    def forward(self, batch: Batch) -> Losses:
+        return {"norm": (self.student(batch["frames"])["embedding"].square().mean(dim=1).sum(), batch["weight"].sum())}
+
+
+class Leaking(KDDistiller):
+    """Its student is handed the labels."""
+
+    def forward(self, batch: Batch) -> Losses:
+        outputs = self.student(batch["frames"])
+        distance = (0.1 * outputs["embedding"] + batch["side.door"] - batch["teacher.embedding"]).square().mean(dim=1)
+        return {"mse": (distance.sum(), batch["weight"].sum())}
+
+
+def test_losses_that_ignore_the_labels_are_found() -> None:
+    loop = loop_of({"kl": 1.0, "cosine": 1.0}, check_every_steps=10)
+    loop.distiller.__class__ = Blind
+    assert kinds(fit(loop, InMemory(num_clips=20 * BATCH_SIZE))) == {("ignored", "teacher.embedding, teacher.logits")}
+    loop = loop_of({"cross_entropy": 1.0}, check_every_steps=10)  # a baseline that asks for no label
+    assert fit(loop, InMemory(num_clips=20 * BATCH_SIZE), needs=()).findings() == []
