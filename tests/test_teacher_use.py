@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import fakes
@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vkd import gather, teacher_use
@@ -186,7 +185,8 @@ class Leaking(KDDistiller):
 
     def forward(self, batch: Batch) -> Losses:
         outputs = self.student(batch["frames"])
-        distance = (0.1 * outputs["embedding"] + batch["side.door"] - batch["teacher.embedding"]).square().mean(dim=1)
+        seen = torch.from_numpy(TEACHER.labels(batch["frames"].numpy())["embedding"].copy())
+        distance = (0.1 * outputs["embedding"] + seen - batch["teacher.embedding"]).square().mean(dim=1)
         return {"mse": (distance.sum(), batch["weight"].sum())}
 
 
@@ -196,3 +196,139 @@ def test_losses_that_ignore_the_labels_are_found() -> None:
     assert kinds(fit(loop, InMemory(num_clips=20 * BATCH_SIZE))) == {("ignored", "teacher.embedding, teacher.logits")}
     loop = loop_of({"cross_entropy": 1.0}, check_every_steps=10)  # a baseline that asks for no label
     assert fit(loop, InMemory(num_clips=20 * BATCH_SIZE), needs=()).findings() == []
+
+
+def test_labels_that_leak_are_found_before_training() -> None:
+    loop = loop_of({"mse": 1.0})
+    loop.distiller.__class__ = Leaking
+    use = fit(loop, InMemory(num_clips=BATCH_SIZE))
+    assert kinds(use) == {("leak", "mse")}
+    later = TeacherUse(loop, NEEDS)
+    later.recall(json.loads(json.dumps(use.document())))
+    assert later.findings() == use.findings()
+    assert later.max_shares == use.max_shares
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_is_bit_equal_with_and_without_checks(precision: str) -> None:
+    weights = {"kl": 1.0, "cosine": 1.0, "similarity": 0.5, "cross_entropy": 1.0}
+    results = []
+    for every_steps in (0, 1, 7):
+        loop, told = loop_of(weights, precision=precision, epochs=2, check_every_steps=every_steps), list[RoundReport]()
+        loop.distiller.student.get_submodule("trunk.1").eval()  # a norm that was frozen stays so
+        use = fit(loop, InMemory(num_clips=15 * BATCH_SIZE + 3), told=told)
+        assert bool(use.controls) == bool(every_steps)
+        results.append((loop, [report.losses for report in told], torch.get_rng_state()))
+    (alone, losses, random), *watched = results
+    for loop, its_losses, its_random in watched:
+        assert its_losses == losses
+        assert torch.equal(its_random, random)
+        torch.testing.assert_close(dict(loop.distiller.state_dict()), dict(alone.distiller.state_dict()), rtol=0, atol=0)
+        torch.testing.assert_close(loop.optimizer.state_dict()["state"], alone.optimizer.state_dict()["state"], rtol=0, atol=0)
+        assert [m.training for m in loop.distiller.modules()] == [m.training for m in alone.distiller.modules()]
+
+
+def test_a_look_leaves_everything_as_it_was() -> None:
+    loop, feeder = loop_of({"kl": 1.0}), InMemory(num_clips=BATCH_SIZE)
+    loop.distiller.train()
+    loop.distiller.student.get_submodule("trunk.1").eval()
+    modes = [module.training for module in loop.distiller.modules()]
+    state = {name: tensor.clone() for name, tensor in loop.distiller.state_dict().items()}
+    (fed,) = feeder.stream([Round(0, 0, (0,))], BATCH_SIZE, 0)
+    before = {name: tensor.clone() for name, tensor in fed.batch.items()}
+    random = torch.get_rng_state()
+    TeacherUse(loop, NEEDS)(fed, 0, 10)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in loop.distiller.modules()] == modes
+    torch.testing.assert_close(dict(loop.distiller.state_dict()), state, rtol=0, atol=0)
+    torch.testing.assert_close(fed.batch, before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in loop.distiller.parameters())
+    assert not loop.distiller.student._forward_hooks
+
+
+def test_checks_fall_before_training_every_n_steps_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, look = list[int](), TeacherUse._look
+
+    def noted(self: TeacherUse, *args: Any) -> None:
+        looked.append(self.step)
+        look(self, *args)
+
+    monkeypatch.setattr(TeacherUse, "_look", noted)
+    fit(loop_of({"kl": 1.0}, check_every_steps=20), InMemory(num_clips=50 * BATCH_SIZE))
+    assert looked == [*range(8), *range(20, 28), *range(40, 48)]  # the last 8 begin while a check goes on
+    looked.clear()
+    fit(loop_of({"kl": 1.0}, check_every_steps=0), InMemory(num_clips=50 * BATCH_SIZE))
+    assert looked == []
+
+
+def test_a_trunk_that_is_frozen_has_no_shares() -> None:
+    loop = loop_of({"kl": 1.0, "cosine": 1e-6})
+    loop.distiller.student.get_submodule("trunk").requires_grad_(False)
+    use = fit(loop, InMemory(num_clips=BATCH_SIZE))
+    assert (use.shares, use.findings()) == ({}, [])
+
+
+def test_the_document_is_written_and_read_back(tmp_path: Path) -> None:
+    assert teacher_use.load(str(tmp_path)) is None
+    use = fit(loop_of({"kl": 1.0, "cosine": 1e-6}), InMemory(num_clips=BATCH_SIZE))
+    use.save(str(tmp_path))
+    assert teacher_use.load(str(tmp_path)) == use.document()
+    assert {"teacher_use/gradient_share/kl", "teacher_use/loss_with_labels/kl", "teacher_use/agreement/teacher.logits"} <= set(
+        use.metrics()
+    )
+    (tmp_path / teacher_use.FILE).write_text("{")
+    with pytest.raises(StorageError, match=teacher_use.FILE):
+        teacher_use.load(str(tmp_path))
+    fit(loop_of({"kl": 1.0}, check_every_steps=0), InMemory(num_clips=BATCH_SIZE)).save(str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+class Gathering(KDDistiller):
+    """Its losses need all ranks, forward and backward, as those that gather embeddings do."""
+
+    def forward(self, batch: Batch) -> Losses:
+        losses = super().forward(batch)
+        return {name: (_Mean.apply(total), count) for name, (total, count) in losses.items()}
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over ranks, of values and of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return gather.sum_over_ranks(value) / 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return gather.sum_over_ranks(grad) / 2
+
+
+def train_on_a_rank(rank: int, folder: str) -> None:
+    """What each of two processes does: the same training with and without checks, the last batch of one row."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    results = []
+    for every_steps in (0, 2):
+        loop, told = loop_of({"kl": 1.0, "cosine": 1e-6}, check_every_steps=every_steps), list[RoundReport]()
+        loop.distiller.__class__ = Gathering
+        loop.distiller.student.get_submodule("trunk.1").eval()  # one masked row has no variance
+        use = fit(loop, InMemory(num_clips=20 * BATCH_SIZE + 1), told=told)
+        results.append((dict(loop.distiller.state_dict()), [report.losses for report in told]))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert kinds(use) == {("drowned", "cosine")}
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps(use.document()))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_look_at_the_same_steps(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-W", "error", __file__, tmp_path], check=False, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: cosine") == 1  # rank 0 tells
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    for name in ("step", "losses", "gradient_share", "agreement"):
+        assert first[name] == second[name]
+
+
+if __name__ == "__main__":
+    importlib.import_module("torch._dynamo")  # DistributedDataParallel would, for a second in each rank
+    mp.start_processes(train_on_a_rank, (sys.argv[1],), nprocs=2, start_method="fork")

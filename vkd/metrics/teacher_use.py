@@ -15,7 +15,7 @@ ROWS_OF_COLUMN, ROWS_OF_DIMENSION = 32, 128  # clips that must agree before a co
 DEAD_SHARE = 0.05  # of a column's dimensions: a few are a habit of networks
 TOLERANCE = 1e-5  # of a dimension's size: below the step of every encoding
 MIN_GRADIENT_SHARE = 0.01
-MIN_MARGIN = 2.0  # standard errors
+MIN_MARGIN = 3.0  # standard errors
 MIN_DIFFERENCES = 4
 MIN_CHANGE = 1e-4  # of a loss when labels change: above the rounding of nondeterministic kernels
 LEAK_GAIN, ROWS_OF_LEAK = 0.5, 16
@@ -83,7 +83,9 @@ class Spans:
         """Rows seen, rows not finite, and shares of the dimensions that are constant, or zero."""
         zero = (self._low == 0) & (self._high == 0)
         shares = (float(found.float().mean()) if len(found) else 0.0 for found in (self.constant, zero))
-        return {"rows": float(self.num_rows), "not_finite": float(self.num_not_finite)} | dict(zip(("constant", "zero"), shares, strict=True))
+        return {"rows": float(self.num_rows), "not_finite": float(self.num_not_finite)} | dict(
+            zip(("constant", "zero"), shares, strict=True)
+        )
 
 
 def derangement(num_rows: int, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
