@@ -12,8 +12,11 @@ import av
 import numpy as np
 import pyarrow as pa
 import yaml
+from torch import nn
+from torch.optim import Optimizer
 
-from vkd import planning, stages, worklist
+from vkd import checkpoint, planning, stages, worklist
+from vkd.checkpoint import Position
 from vkd.feeding import Feeder, open_sets
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
@@ -52,7 +55,7 @@ def tree_of(folder: Path) -> Tree:
             "split": {"by": "time", "holdout": 0.26},
             "keep_frames": "raw",
         },
-        "labels": {"store": str(folder / "labels"), "encodings": {"logits": "fp32", "embedding": "fp32"}},
+        "labels": {"mode": "stored", "store": str(folder / "labels"), "encodings": {"logits": "fp32", "embedding": "fp32"}},
         "recipe": {"name": "kd", "teacher": "fakes:TinyTeacher", "student": {"name": "shift_cnn", "num_frames": 2, "size_px": 32}},
         "train": {"epochs": 3, "batch_size": 8, "learning_rate": 0.002},
         "checkpoint": {"every_examples": 10},
@@ -70,8 +73,11 @@ def job_of(run: Run, retry: Retry | None = None) -> Job:
 
     plan, teachers = Plan.of(run), planning.build_teachers(run.recipe.teachers)
     specs = planning.label_specs(run, teachers)
-    where = run.labels.store, run.data.views.count, specs, plan.chunks
-    items = worklist.missing_items(*where) if retry is None else worklist.retry_items(*where, retry)
+    store, num_views = run.labels.store, run.data.views.count
+    if retry is None:
+        items = worklist.missing_items(store, range(num_views), specs, plan.chunks)
+    else:
+        items = worklist.retry_items(store, num_views, specs, plan.chunks, retry)
     if FRAMES_ALIAS in specs:
         LabelSet.create(run.labels.store, specs[FRAMES_ALIAS], {}, stages.recorded(), {})
     return labelling._job(run, plan, specs, teachers, items)
@@ -108,6 +114,11 @@ def copied(run: Run, folder: Path) -> Run:
 def chunk_files(run: Run, alias: str) -> list[Path]:
     """The committed files of one label set, in the order of their chunks."""
     return sorted(Path(run.labels.store).glob(f"{alias}-*/view=*/*/chunk-*.parquet"))
+
+
+def save_checkpoint(attempt: str, position: Position, distiller: nn.Module, optimizer: Optimizer) -> None:
+    """What rank 0 saves after a round."""
+    checkpoint.save(attempt, position.step, checkpoint.snapshot(position, distiller, optimizer))
 
 
 def write(tree: Tree, path: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import torch
 from torch import nn
 
@@ -51,7 +52,7 @@ def saved(tmp_path: Path) -> str:
     student = student_of(0)
     optimizer = optimizer_of(student)
     train(student, optimizer, range(2))
-    checkpoint.save(str(tmp_path / "attempts" / "a"), Position(1, 2, 3, 4), student, optimizer)
+    small.save_checkpoint(str(tmp_path / "attempts" / "a"), Position(1, 2, 3, 4), student, optimizer)
     return str(tmp_path / "attempts" / "a" / "step-000000003")
 
 
@@ -69,7 +70,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: P
     train(student, optimizer, range(3))
     position = Position(epoch=2, round=1, step=3, num_examples=6)
     attempt = checkpoint.new_attempt(str(tmp_path))
-    checkpoint.save(attempt, position, student, optimizer)
+    small.save_checkpoint(attempt, position, student, optimizer)
     train(student, optimizer, range(3, 6))
 
     other = student_of(1)
@@ -115,7 +116,7 @@ def test_a_checkpoint_that_is_not_done_does_not_count(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(files, "put", until_done)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(str(tmp_path / "attempts" / "2"), Position(step=40), student, optimizer_of(student))
+        small.save_checkpoint(str(tmp_path / "attempts" / "2"), Position(step=40), student, optimizer_of(student))
     assert set(written) == {WEIGHTS, OPTIMIZER, STATE}
     assert checkpoint.newest(str(tmp_path)) == kept
 

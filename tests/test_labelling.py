@@ -25,14 +25,14 @@ def batches(run: Run) -> list[dict[str, torch.Tensor]]:
 def test_what_lacks_is_the_plan_minus_a_listing(labelled: Run, tmp_path: Path) -> None:
     run = small.copied(labelled, tmp_path)
     specs, chunks = planning.label_specs(run, planning.build_teachers(run.recipe.teachers)), Plan.of(run).chunks
-    assert worklist.missing_items(run.labels.store, 1, specs, chunks) == []
+    assert worklist.missing_items(run.labels.store, [0], specs, chunks) == []
     small.chunk_files(run, "teacher")[1].unlink()
     small.chunk_files(run, "frames")[1].unlink()
     small.chunk_files(run, "frames")[3].unlink()
-    lacking = worklist.missing_items(run.labels.store, 1, specs, chunks)
+    lacking = worklist.missing_items(run.labels.store, [0], specs, chunks)
     assert [(item.view, item.chunk, item.lacks) for item in lacking] == [(0, chunks[1], ("teacher", "frames")), (0, chunks[4], ("frames",))]
     two_views = small.changed(run, "data.views.count=2")
-    assert len(worklist.missing_items(two_views.labels.store, 2, specs, chunks)) == 2 + len(chunks)
+    assert len(worklist.missing_items(two_views.labels.store, [0, 1], specs, chunks)) == 2 + len(chunks)
 
 
 def test_too_many_rejects_stop_with_the_commonest_reason() -> None:

@@ -80,7 +80,7 @@ def test_a_resume_is_bit_equal_to_no_interruption(
 
     def save_then_crash(report: RoundReport, position: Position) -> None:
         told.append(report)
-        checkpoint.save(f"{tmp_path}/attempts/1", position, first.distiller, first.optimizer)
+        small.save_checkpoint(f"{tmp_path}/attempts/1", position, first.distiller, first.optimizer)
         if len(told) == num_before:
             raise Crash
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import fakes
 import numpy as np
 import pytest
+import small
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -27,7 +28,7 @@ from vkd.loop import Loop, RoundReport
 from vkd.recipes.base import Batch, Losses
 from vkd.recipes.kd import KD, KDDistiller
 from vkd.rounds import Round, batches_of_round, rank_slice
-from vkd.run import Train
+from vkd.run import Run, Train
 from vkd.students.base import Student
 from vkd.teacher_use import TeacherUse
 
@@ -133,6 +134,18 @@ def test_a_healthy_training_gives_no_warning(capfd: pytest.CaptureFixture[str], 
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.parametrize(("epochs", "seed"), [*((3, seed) for seed in range(5)), (60, 0), (60, 1)])
+def test_a_small_run_on_real_clips_gives_no_warning(labelled: Run, epochs: int, seed: int) -> None:
+    """15 clips, seen 3 times (which proves nothing, and is not judged) or 60 times."""
+    run = small.changed(labelled, f"train.epochs={epochs}", f"train.seed={seed}", "train.check_every_steps=20")
+    feeder = small.feeder_of(run)
+    torch.manual_seed(seed)
+    loop = Loop(run.recipe.distiller({alias: s.spec.tensors for alias, s in feeder.sets.items()}, 0), run.train, "cpu")
+    use = teacher_use.watched(loop, run, 0)
+    loop.fit(feeder, run.checkpoint.every_examples, Position(), lambda report, _: None)
+    assert (use.judged, use.findings()) == (epochs == 60, [])
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_labels_of_other_clips_are_found(capfd: pytest.CaptureFixture[str], seed: int) -> None:
     use = fit(loop_of({"kl": 1.0, "cosine": 1.0, "cross_entropy": 1.0}, seed), InMemory(permuted, seed=seed))
@@ -227,10 +240,16 @@ def test_training_is_bit_equal_with_and_without_checks(precision: str) -> None:
         assert [m.training for m in loop.distiller.modules()] == [m.training for m in alone.distiller.modules()]
 
 
+def _disturb(norm: nn.Module) -> None:
+    """A student that draws random numbers and changes a buffer in eval mode too."""
+    norm.get_buffer("running_mean").add_(torch.rand(1))
+
+
 def test_a_look_leaves_everything_as_it_was() -> None:
     loop, feeder = loop_of({"kl": 1.0}), InMemory(num_clips=BATCH_SIZE)
     loop.distiller.train()
-    loop.distiller.student.get_submodule("trunk.1").eval()
+    norm = loop.distiller.student.get_submodule("trunk.1").eval()
+    norm.register_forward_hook(lambda module, inputs, output: _disturb(module))
     modes = [module.training for module in loop.distiller.modules()]
     state = {name: tensor.clone() for name, tensor in loop.distiller.state_dict().items()}
     (fed,) = feeder.stream([Round(0, 0, (0,))], BATCH_SIZE, 0)

@@ -11,7 +11,8 @@ import json
 import pickle
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,25 +67,53 @@ def _finished(output: str) -> list[str]:
     return [folder for _, _, folder in sorted(found)]
 
 
-def save(attempt: str, position: Position, distiller: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write one checkpoint; it counts once DONE is there."""
-    folder = files.join(attempt, f"step-{position.step:09d}")
+def snapshot(position: Position, distiller: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
+    """The files of a checkpoint, in the order in which they are written; training may go on meanwhile."""
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
-    files.put(files.join(folder, WEIGHTS), _weights(distiller))
-    files.put(files.join(folder, OPTIMIZER), buffer.getvalue())
-    files.put(files.join(folder, STATE), json.dumps({"format_version": FORMAT_VERSION, "position": asdict(position)}).encode())
-    files.put(files.join(folder, DONE), b"")
+    state = json.dumps({"format_version": FORMAT_VERSION, "position": asdict(position)}).encode()
+    return {WEIGHTS: _weights(distiller), OPTIMIZER: buffer.getvalue(), STATE: state, DONE: b""}
+
+
+def save(attempt: str, step: int, contents: Mapping[str, bytes]) -> None:
+    """Write a snapshot; it counts once DONE is there."""
+    for name, data in contents.items():
+        files.put(files.join(attempt, f"step-{step:09d}", name), data)
+
+
+class Saver:
+    """Saves checkpoints while training goes on, one at a time; what went wrong is raised by the next call."""
+
+    def __init__(self) -> None:
+        self._pool, self._saving = ThreadPoolExecutor(1), Future[None]()
+        self._saving.set_result(None)
+
+    def submit(self, save: Callable[[], None]) -> None:
+        """Run `save` beside training, once the one before it has ended."""
+        self.flush()
+        self._saving = self._pool.submit(save)
+
+    def flush(self) -> None:
+        """Wait until everything is saved."""
+        self._saving.result()
+
+    def close(self) -> None:
+        """End after what is being saved."""
+        self._pool.shutdown()
+
+
+def position(folder: str) -> Position:
+    """Where a finished checkpoint stands."""
+    with _whole(STATE, folder):
+        return Position(**json.loads(files.read(files.join(folder, STATE)))["position"])
 
 
 def restore(folder: str, distiller: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
     """Load a finished checkpoint into both; the position to go on from."""
-    with _whole(STATE, folder):
-        position = Position(**json.loads(files.read(files.join(folder, STATE)))["position"])
     _load_weights(distiller, folder)
     with _whole(OPTIMIZER, folder):
         optimizer.load_state_dict(torch.load(io.BytesIO(files.read(files.join(folder, OPTIMIZER))), weights_only=True))
-    return position
+    return position(folder)
 
 
 def prune(output: str, keep: int) -> None:

@@ -7,13 +7,17 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vkd import cli_labels, cli_parts
 from vkd.cli_parts import Json, Overrides, RunFile
 from vkd.errors import ConfigError, StorageError, VkdError, redact
+
+if TYPE_CHECKING:
+    from vkd.labelling import LabelReport
+    from vkd.training import TrainReport
 
 
 def _with_labels(typed: typer.Typer) -> typer.Typer:
@@ -97,7 +101,7 @@ def label(
 
 @app.command()
 def distill(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train the student on the labels of the store."""
+    """Train the student; teachers label meanwhile what the store lacks (labels.mode says whether, and what is kept)."""
     from vkd import pipeline
     from vkd.run import load_one
 
@@ -105,10 +109,12 @@ def distill(run: RunFile, overrides: Overrides = None, as_json: Json = False) ->
         loaded = load_one(run, overrides or [])
         report = pipeline.distill(loaded, screen)
         screen.close()
+        if report.labels is not None:
+            screen.labels(report.labels, loaded.store)
         screen.student(report)
         if loaded.data.split.by != "none":
             screen.line(f"next: vkd evaluate {cli_parts.words(run, overrides)}")
-        cli_parts.finish(as_json, vars(report))
+        cli_parts.finish(as_json, _train_json(report))
 
 
 @app.command()
@@ -140,13 +146,14 @@ def run_command(run: RunFile, overrides: Overrides = None, as_json: Json = False
         for loaded in load(run, overrides or []):
             labelled, trained, measured = pipeline.run_all(loaded, screen)
             screen.close()
-            screen.labels(labelled, loaded.labels.store)
+            if labelled is not None:
+                screen.labels(labelled, loaded.store)
             screen.student(trained)
             if measured is not None:
                 screen.retention(measured)
             screen.timings({})
             screen.line(f"results: {loaded.output}  (student/, {'evaluation.json, ' if measured else ''}run.yaml, tensorboard/)")
-            results[loaded.name] = {"label": _label_json(labelled), "distill": vars(trained), "evaluate": measured}
+            results[loaded.name] = {"label": labelled and _label_json(labelled), "distill": _train_json(trained), "evaluate": measured}
         cli_parts.finish(as_json, results)
 
 
@@ -275,5 +282,9 @@ def _fraction(text: str) -> float:
     return fraction
 
 
-def _label_json(report: Any) -> dict[str, Any]:
+def _train_json(report: TrainReport) -> dict[str, Any]:
+    return vars(report) | {"labels": report.labels and _label_json(report.labels)}
+
+
+def _label_json(report: LabelReport) -> dict[str, Any]:
     return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(report).items()}

@@ -52,5 +52,5 @@ def store_of(text: str) -> str:
     if text.endswith((".yaml", ".yml")):
         from vkd.run import load_one
 
-        return load_one(text).labels.store
+        return load_one(text).store
     return absolute(text)

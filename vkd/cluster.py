@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
 
 import ray
 from ray._private import ray_logging
@@ -22,15 +25,16 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import RayTrainError, UserExceptionWithTraceback
 
 from vkd import lifeline
+from vkd.compute import Compute
 from vkd.errors import ConfigError, VkdError
-from vkd.run import Compute
 
 NO_PROGRESS_TIMEOUT_S = 900
 BUSY_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
 NATIVE_STDERR = 2
+INTERRUPTED = threading.Event()
 LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, LocalRayletDiedError)
-ACTORS_OF_RAY = ("TrainController", "PlacementGroupCleaner")
+SILENT_ACTORS = ("TrainController", "PlacementGroupCleaner", "_Labeller")
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,13 @@ def session(compute: Compute) -> Iterator[None]:
         raise ConfigError(
             f"no Ray cluster answers at {address!r}", where="compute.address", action="start it, or leave the key out"
         ) from error
-    _quieten()
-    _hide_actors_of_ray()
+    quieten()
+    _hide_silent_actors()
+    INTERRUPTED.clear()
     node = ray._private.worker._global_node
     head, _, port = node.gcs_address.rpartition(":")
     try:
-        with lifeline.watched(node.raylet_socket_name, (head, int(port))), _native_lines_to_log():
+        with lifeline.watched(node.raylet_socket_name, (head, int(port))), _native_lines_to_log(), _interrupts_noted():
             yield
     finally:
         ray.shutdown()
@@ -75,6 +80,30 @@ def _check_answers(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "://" not in address:
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+
+
+def check_interrupt() -> None:
+    """Raise the KeyboardInterrupt of a Ctrl-C that Ray's native code or a finalizer swallowed."""
+    if INTERRUPTED.is_set():
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt as always, and is remembered."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        INTERRUPTED.set()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
@@ -105,7 +134,7 @@ def _local_options(address: str) -> dict[str, object]:
     return {"include_dashboard": False} if address == "local" else {}
 
 
-def _quieten() -> None:
+def quieten() -> None:
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised, and need no second telling
     context = DataContext.get_current()
@@ -113,11 +142,11 @@ def _quieten() -> None:
     context.print_on_execution_start = False
 
 
-def _hide_actors_of_ray() -> None:
-    """Show what workers print, but not what Ray Train's own actors say: one warns every second that there is no dashboard."""
+def _hide_silent_actors() -> None:
+    """Show what workers print, but not what some actors say, for Ray: one warns every second that there is no dashboard."""
     dispatcher = ray_logging.global_worker_stdstream_dispatcher
     dispatcher.remove_handler("ray_print_logs")  # the name that ray.shutdown removes
-    dispatcher.add_handler("ray_print_logs", lambda data: data.get("actor_name") in ACTORS_OF_RAY or print_to_stdstream(data, False))
+    dispatcher.add_handler("ray_print_logs", lambda data: data.get("actor_name") in SILENT_ACTORS or print_to_stdstream(data, False))
 
 
 def labelling_context(max_bytes: int) -> DataContext:
@@ -131,10 +160,17 @@ def labelling_context(max_bytes: int) -> DataContext:
     return context
 
 
-def resources(compute: Compute, num_teachers: int) -> Resources:
-    """The run's requests, filled in by the profile. Raises ConfigError, naming the key, when the cluster cannot hold them."""
-    total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+def resources(compute: Compute, num_teachers: int, beside_training: bool = False) -> Resources:
+    """The run's requests, filled in by the profile, of what training leaves.
+
+    Raises ConfigError, naming the key, when the cluster cannot hold them.
+    """
+    total, student = ray.cluster_resources(), compute.student
+    workers = student.max_workers if beside_training else 0
+    cpus, gpus = (total.get(kind, 0.0) - workers * each for kind, each in (("CPU", student.cpus), ("GPU", student.gpus)))
+    if workers and cpus < 1e-6:
+        what = f"{workers} student workers take all CPUs, and labelling beside them needs some"
+        raise ConfigError(what, where="compute.student", action="lower compute.student.cpus or workers, or vkd label RUN first")
     laptop = compute.profile == "laptop" or (compute.profile == "auto" and gpus == 0)
     found = _laptop(compute, cpus, num_teachers) if laptop else _cluster(compute, gpus, num_teachers)
     _check(found, cpus, gpus, num_teachers)

@@ -27,18 +27,19 @@ class Screen:
     def __init__(self, *, json: bool = False) -> None:
         self.console = Console(stderr=json, highlight=False, soft_wrap=True)
         self.seconds: dict[str, float] = {}
-        self._stage, self._started_s, self._printed_s = "", time.monotonic(), 0.0
+        self._stage, self._started_s = "", time.monotonic()
+        self._printed_s: dict[str, float] = {}
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
 
     def stage(self, name: str) -> None:
         """A new stage begins; the one before it is over."""
         self.close()
-        self._stage, self._started_s, self._printed_s = name, time.monotonic(), time.monotonic()
+        self._stage, self._started_s, self._printed_s = name, time.monotonic(), {}
         if self.console.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(*columns, console=self.console, transient=True)
-            self._task = self._bar.add_task(f"{name}: starting", total=None)
+            self._tasks = {name: self._bar.add_task(f"{name}: starting", total=None)}
             self._bar.start()
 
     def close(self) -> None:
@@ -68,10 +69,14 @@ class Screen:
         self._show(text, report.step, report.num_steps)
 
     def _show(self, text: str, done: int, total: int) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=text, completed=done, total=total)
-        elif done >= total or time.monotonic() - self._printed_s > SILENCE_S:
-            self._printed_s = time.monotonic()
+        """What is done of a stage; one that runs beside the current one has a bar of its own."""
+        name = text.partition(":")[0]
+        if self._bar is not None:
+            if name not in self._tasks:
+                self._tasks[name] = self._bar.add_task(text, total=total)
+            self._bar.update(self._tasks[name], description=text, completed=done, total=total)
+        elif done >= total or time.monotonic() - self._printed_s.setdefault(name, self._started_s) > SILENCE_S:
+            self._printed_s[name] = time.monotonic()
             self.console.print(text)
 
     def line(self, text: str) -> None:

@@ -52,7 +52,7 @@ def evaluate(run: Run, folder: str) -> dict[str, Any]:
 
 def _answers(feeder: Feeder, student: Student) -> Answers:
     """The student's outputs and the teachers' labels over one pass of view 0."""
-    rounds = [Round(0, i, (chunk,)) for i, chunk in enumerate(np.flatnonzero(feeder.sizes).tolist())]
+    rounds = [Round(feeder.run.held_out_view, i, (chunk,)) for i, chunk in enumerate(np.flatnonzero(feeder.sizes).tolist())]
     said: dict[str, list[np.ndarray]] = {}
     taught: dict[str, list[np.ndarray]] = {}
     classes: list[np.ndarray] = []

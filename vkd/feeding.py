@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +23,11 @@ from vkd.run import Run
 from vkd.stages import clip_of, decode_or_reject
 from vkd.store.encodings import decode
 from vkd.store.labelset import LabelSet, Reject
+from vkd.window import Awaited
 
 READ_AHEAD_BATCHES = 8  # refilled in bursts of half: makers that work side by side disturb the trainer's threads less
 NUM_THREADS = 2
+BEAT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,17 +54,20 @@ class _Loaded:
 class Feeder:
     """Feeds one rank of a run from its label sets; `split` says which examples.
 
-    `wait_s` is how long the consumer waited for batches; `unreadable` counts clips that were labelled once and no longer decode.
+    `wait_s` is how long the consumer waited for batches; `unreadable` counts clips that were labelled once and no longer decode,
+    `unlabelled` those that not every set has labelled. `beat` is called while waiting, and for each batch.
     """
 
     run: Run
     plan: Plan
-    sets: Mapping[str, LabelSet]
+    sets: Mapping[str, LabelSet | Awaited]
     split: str
     rank: int = 0
     world_size: int = 1
     wait_s: float = 0.0
     unreadable: int = 0
+    unlabelled: int = 0
+    beat: Callable[[], None] = lambda: None
     rows: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,12 +85,14 @@ class Feeder:
     def stream(self, rounds: Sequence[Round], batch_size: int, seed: int) -> Iterator[Fed]:
         """Every batch of the rounds, in order; the next round is read while this one trains. Adds to `wait_s`."""
         pending: deque[tuple[Round, int, bool, Future[Batch]]] = deque()
-        with ThreadPoolExecutor(NUM_THREADS) as readers, ThreadPoolExecutor(NUM_THREADS) as makers:
+        with ThreadPoolExecutor(NUM_THREADS) as readers, ThreadPoolExecutor(NUM_THREADS) as makers, self._stopped_after():
             ahead = self._read_ahead(rounds, readers)
             for round_, chunks in ahead:
                 batches = batches_of_round(self.rows, round_, batch_size, seed)
                 for number, batch in enumerate(batches):
                     mine = rank_slice(batch, self.rank, self.world_size)
+                    if number == 0 and self.world_size > 1:
+                        self._wait_for(chunks.values())
                     made = makers.submit(self._batch, mine, chunks, round_.epoch % self.run.data.views.count)
                     pending.append((round_, len(batch), number == len(batches) - 1, made))
                     if len(pending) == READ_AHEAD_BATCHES:
@@ -94,16 +103,34 @@ class Feeder:
 
     def _next(self, pending: deque[tuple[Round, int, bool, Future[Batch]]]) -> Fed:
         round_, num_examples, last, made = pending.popleft()
+        self._wait_for([made])
+        return Fed(round_, made.result(), num_examples, last)
+
+    def _wait_for(self, futures: Iterable[Future[Any]]) -> None:
+        """Ranks wait for whole rounds: else one would wait for data, and the others in a step for that one."""
         started_s = time.monotonic()
-        batch = made.result()
+        self.beat()
+        for future in futures:
+            while not future.done():
+                wait([future], BEAT_S)
+                self.beat()
         self.wait_s += time.monotonic() - started_s
-        return Fed(round_, batch, num_examples, last)
+
+    @contextmanager
+    def _stopped_after(self) -> Iterator[None]:
+        """Readers that wait for a commit stop waiting once nobody wants what they read."""
+        awaited = [label_set for label_set in self.sets.values() if isinstance(label_set, Awaited)]
+        try:
+            yield
+        finally:
+            for label_set in awaited:
+                label_set.stopped.set()
 
     def _read_ahead(self, rounds: Sequence[Round], pool: ThreadPoolExecutor) -> Iterator[tuple[Round, dict[int, Future[_Loaded]]]]:
         """Each round with its chunks being read, one round ahead of the one that is asked for."""
         reading: deque[tuple[Round, dict[int, Future[_Loaded]]]] = deque()
         for round_ in rounds:
-            view = round_.epoch % self.run.data.views.count
+            view = self.run.stored_view(round_.epoch)
             reading.append((round_, {i: pool.submit(self._load, self.plan.chunks[i], view) for i in round_.chunks}))
             if len(reading) > 1:
                 yield reading.popleft()
@@ -165,14 +192,13 @@ class Feeder:
 def open_sets(run: Run, plan: Plan) -> tuple[Plan, dict[str, LabelSet]]:
     """The run's label sets, and the plan cut to what they hold.
 
-    Raises LabelsMissing, with the command that makes them, unless `labels.allow_partial`.
+    Raises LabelsMissing, with the command that makes them, unless `labels.allow_partial`. Of a `live` run only what is held out is kept.
     """
-    teachers = planning.build_teachers(run.recipe.teachers)
-    sets = {alias: LabelSet.open(run.labels.store, spec) for alias, spec in planning.label_specs(run, teachers).items()}
-    lacking = {
-        chunk for label_set in sets.values() for view in range(run.data.views.count) for chunk in label_set.missing(view, plan.chunks)
-    }
-    if lacking and not (run.labels.allow_partial and len(lacking) < len(plan.chunks)):
+    live, teachers = run.labels.mode == "live", planning.build_teachers(run.recipe.teachers)
+    sets = {alias: LabelSet.open(run.store, spec) for alias, spec in planning.label_specs(run, teachers).items()}
+    views = [run.held_out_view] if live else range(run.data.views.count)
+    lacking = {chunk for label_set in sets.values() for view in views for chunk in label_set.missing(view, plan.chunks)}
+    if lacking and not ((live or run.labels.allow_partial) and len(lacking) < len(plan.chunks)):
         what = f"labels of {len(lacking)} of {len(plan.chunks)} chunks are missing"
-        raise LabelsMissing(what, where=run.labels.store, action="vkd label RUN, or set labels.allow_partial=true")
+        raise LabelsMissing(what, where=run.store, action="vkd label RUN, or set labels.allow_partial=true")
     return plan.without(lacking), sets

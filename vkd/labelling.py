@@ -19,21 +19,24 @@ from ray.util.annotations import RayDeprecationWarning
 
 from vkd import cluster, planning, stages, status, worklist
 from vkd.clips import ViewPolicy, assign_splits
+from vkd.compute import Compute
 from vkd.errors import ConfigError, ManifestError, VideoError, VkdError
 from vkd.manifest import Manifest
 from vkd.metrics.label_statistics import Statistics, pooled
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
-from vkd.run import Compute, Run
+from vkd.run import Run
 from vkd.schema import FRAMES, URI, Columns
 from vkd.stages import ITEM, STATS, Item, Job
-from vkd.store import files, leases
+from vkd.store import files, housekeeping, leases
 from vkd.store.labelset import LabelSet, LabelSetSpec
 from vkd.teachers.base import Teacher
 from vkd.teaching import Teach
+from vkd.window import Link
 from vkd.worklist import Retry
 
 MAX_RETRIES = 3  # Ray's own default is without end
+Progress = Callable[["LabelReport"], None]
 
 
 @dataclass
@@ -69,37 +72,66 @@ class LabelReport:
             self.statistics[name] = pooled(self.statistics[name], told) if name in self.statistics else told
 
 
-def label(run: Run, chunks: Sequence[Chunk], progress: Callable[[LabelReport], None], retry: Retry | None = None) -> LabelReport:
+def label(run: Run, chunks: Sequence[Chunk], progress: Progress, retry: Retry | None = None) -> LabelReport:
     """Label what the store lacks of these chunks, and what `retry` wants; the same call after any crash goes on where it stopped.
 
     Nothing is started when nothing lacks. Raises ManifestError when more than `data.max_reject_fraction` is rejected.
     """
-    started_s = time.monotonic()
-    plan = Plan.of(run)
-    teachers = planning.build_teachers(run.recipe.teachers)
-    specs = planning.label_specs(run, teachers)
-    _refuse_early(run, plan, teachers)
-    store, num_views = run.labels.store, run.data.views.count
-    items = worklist.missing_items(store, num_views, specs, chunks)
+    plan, teachers, specs = _planned(run)
+    store, num_views = run.store, run.data.views.count
+    items = worklist.missing_items(store, range(num_views), specs, chunks)
     items += [] if retry is None else worklist.retry_items(store, num_views, specs, chunks, retry)
     report = LabelReport(planned=sum(plan.examples(c).num_rows for c in chunks) * num_views)
     report.present = report.planned - sum(worklist.num_rows(plan, item) for item in items)
-    if items:
-        for spec in specs.values():
-            status.note_planned(files.join(store, spec.name), report.planned // num_views)
-        if FRAMES_ALIAS in specs:
-            LabelSet.create(store, specs[FRAMES_ALIAS], {}, stages.recorded(), {})
+    return _perform(run, _job(run, plan, specs, teachers, items), report, progress)
+
+
+def lacks_for_training(run: Run, start: tuple[int, int]) -> bool:
+    """Whether the store lacks anything that training reads from its position on. Refuses what `label` refuses."""
+    plan, _, specs = _planned(run)
+    return bool(worklist.training_items(run, plan, specs, start))
+
+
+def label_for_training(run: Run, start: tuple[int, int], link: Link, progress: Progress) -> LabelReport:
+    """Label what the store lacks for training from its position (epoch, round) on, in the order in which training reads it."""
+    plan, teachers, specs = _planned(run)
+    if run.labels.mode == "live":
+        left = worklist.wanted(run, plan, start)
+        for label_set in filter(None, (LabelSet.find(run.store, spec) for spec in specs.values())):
+            housekeeping.drop_others(label_set, left)
+    items = worklist.training_items(run, plan, specs, start)
+    report = LabelReport(planned=sum(plan.examples(item.chunk).num_rows for item in items))
+    return _perform(run, replace(_job(run, plan, specs, teachers, items), link=link), report, progress)
+
+
+def _planned(run: Run) -> tuple[Plan, dict[str, Teacher], dict[str, LabelSetSpec]]:
+    """What a labelling needs to know, checked."""
+    plan, teachers = Plan.of(run), planning.build_teachers(run.recipe.teachers)
+    specs = planning.label_specs(run, teachers)
+    _refuse_early(run, plan, teachers)
+    return plan, teachers, specs
+
+
+def _perform(run: Run, job: Job, report: LabelReport, progress: Progress) -> LabelReport:
+    """Do all items of a job."""
+    started_s = time.monotonic()
+    if job.items:
+        planned = report.planned // job.num_views if job.link is None else job.plan.num_examples
+        for spec in job.specs.values():
+            status.note_planned(files.join(job.store, spec.name), planned)
+        if FRAMES_ALIAS in job.specs:
+            LabelSet.create(job.store, job.specs[FRAMES_ALIAS], {}, stages.recorded(), {})
         with (
-            leases.held(files.join(store, next(iter(specs.values())).name)) as others,
+            leases.held(files.join(job.store, next(iter(job.specs.values())).name)) as others,
             cluster.session(run.compute),
             cluster.worker_errors(),
         ):
             report.other_drivers = others
-            job = _job(run, plan, specs, teachers, leases.in_turn(items, others))
-            for stats in _execute(job, run.compute):
+            for stats in _execute(replace(job, items=leases.in_turn(job.items, others)), run.compute):
                 report.add(stats)
                 report.wall_s = time.monotonic() - started_s
                 progress(report)
+                cluster.check_interrupt()
                 _check_rejects(report, run.data.max_reject_fraction)
     report.wall_s = time.monotonic() - started_s
     return report
@@ -144,13 +176,14 @@ def _job(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec], teachers: Mapp
     samplings = list(dict.fromkeys(wanted.values()))
     column = {alias: f"{FRAMES}.{samplings.index(sampling)}" for alias, sampling in wanted.items()}
     views = ViewPolicy(**run.data.views.policy())
-    return Job(plan, views, planning.decoding(run, samplings), run.labels.store, run.recipe.teachers, specs, column, items)
+    how = planning.decoding(run, samplings)
+    return Job(plan, views, how, run.store, run.recipe.teachers, specs, column, items, run.data.views.count)
 
 
 def _execute(job: Job, compute: Compute) -> Iterator[dict[str, Any]]:
     """The labelling execution; yields the statistics of each chunk as it is committed."""
     aliases = list(job.teachers)
-    asked = cluster.resources(compute, len(aliases))
+    asked = cluster.resources(compute, len(aliases), beside_training=job.link is not None)
     cluster.wait_until_free(asked, len(aliases))
     workers = asked.decode_workers or int(ray.cluster_resources()["CPU"])
     frame_bytes = sum(s.num_frames * s.size_px**2 * 3 for s in job.decoding.samplings) * job.plan.chunk_size

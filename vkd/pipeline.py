@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 from vkd import cluster, evaluation, labelling, manifest, planning, training
+from vkd.errors import ConfigError
 from vkd.labelling import LabelReport
 from vkd.loop import RoundReport
 from vkd.manifest import BuildOptions
@@ -29,6 +30,8 @@ class Watcher(Protocol):
 
 def label(run: Run, watch: Watcher, fraction: float = 1.0, retry: Retry | None = None) -> LabelReport:
     """Label what the store lacks of the run's clips, or of a seeded sample of its chunks; `retry` says which rejects again."""
+    if run.labels.mode == "live":
+        raise ConfigError("mode live keeps no labels", where="labels.mode", action="vkd distill RUN labels and trains; or set it to tee")
     check_decoder()
     planning.student_sampling(run)  # a student that cannot be built is told now, not after hours of labelling
     build_manifest(run, watch)
@@ -43,9 +46,12 @@ def compact(run: Run) -> int:
 
 
 def distill(run: Run, watch: Watcher) -> TrainReport:
-    """Train the student on the labels of the store, from the newest checkpoint on, and export it."""
+    """Train the student, from the newest checkpoint on, and export it; teachers label meanwhile what lacks, unless labels are `stored`."""
+    if run.labels.mode != "stored":
+        check_decoder()
+        build_manifest(run, watch)
     watch.stage("distill")
-    return training.train(run, watch.trained)
+    return training.train(run, watch.trained, watch.labelled)
 
 
 def evaluate(run: Run, watch: Watcher, student: str | None = None) -> dict[str, Any]:
@@ -56,12 +62,14 @@ def evaluate(run: Run, watch: Watcher, student: str | None = None) -> dict[str, 
     return measured
 
 
-def run_all(run: Run, watch: Watcher) -> tuple[LabelReport, TrainReport, dict[str, Any] | None]:
-    """Label, distill and, when clips are held out, evaluate: each does only what is left to do."""
+def run_all(run: Run, watch: Watcher) -> tuple[LabelReport | None, TrainReport, dict[str, Any] | None]:
+    """Label, distill (at once, unless labels are `stored`) and, when clips are held out, evaluate: each does only what is left to do."""
     held_out = run.data.split.by != "none"
     training.claim_output(run)  # an output of another run is told now, not after hours of labelling
-    with cluster.session(run.compute) if run.compute.student.workers else nullcontext():  # else Ray ends with the labels
-        return label(run, watch), distill(run, watch), evaluate(run, watch) if held_out else None
+    with cluster.session(run.compute) if run.compute.student.max_workers else nullcontext():  # else Ray ends with the labels
+        labelled = label(run, watch) if run.labels.mode == "stored" else None
+        trained = distill(run, watch)
+        return labelled or trained.labels, trained, evaluate(run, watch) if held_out else None
 
 
 def build_manifest(run: Run, watch: Watcher) -> None:

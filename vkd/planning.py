@@ -112,7 +112,7 @@ def teacher_spec(run: Run, alias: str, teacher: Teacher) -> LabelSetSpec:
 def frames_spec(run: Run, sampling: Sampling) -> LabelSetSpec:
     """The label set of kept frames: the decoded views at the student's sampling."""
     shape = (sampling.num_frames, sampling.size_px, sampling.size_px, 3)
-    encoding = FRAME_ENCODINGS[run.data.keep_frames]
+    encoding = FRAME_ENCODINGS[run.kept_frames]
     return LabelSetSpec(FRAMES_ALIAS, _input_fields(run, sampling), {FRAMES_ALIAS: TensorType("uint8", shape)}, {FRAMES_ALIAS: encoding})
 
 
@@ -124,7 +124,7 @@ def label_specs(run: Run, teachers: Mapping[str, Teacher]) -> dict[str, LabelSet
             action = f"name one of {', '.join(sorted(emitted))}"
             raise ConfigError(f"no teacher emits {name!r}", where=f"labels.encodings.{name}", action=action)
     specs = {alias: teacher_spec(run, alias, teacher) for alias, teacher in teachers.items()}
-    if run.data.keep_frames != "none":
+    if run.kept_frames != "none":
         specs[FRAMES_ALIAS] = frames_spec(run, student_sampling(run))
     return specs
 

@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
 
 from vkd.clips import ClipPlan, SplitPlan, ViewPolicy
+from vkd.compute import Compute, Part
 from vkd.errors import ConfigError, redact
 from vkd.models import ModelSpec, find
 from vkd.recipes import RECIPES
 from vkd.recipes.base import Recipe
 from vkd.video.access import MAX_INLINE_BYTES, Access
-from vkd.video.settings import MIN_MEMORY_BYTES, Limits
 
 MAX_VALUES = 100_000  # of a run file whose aliases are written out
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def absolute(path: str) -> str:
@@ -46,7 +42,7 @@ class Views(ViewPolicy):
         return self.model_dump(exclude={"count"})
 
 
-class Data(_Part):
+class Data(Part):
     """Which videos, cut into which clips, seen how.
 
     Local files are read only in `source` and in the folders of `allow`. Remote objects up to `max_inline_bytes` are read whole,
@@ -73,16 +69,23 @@ class Data(_Part):
         return Access.to(self.source, self.allow, **how)
 
 
-class Labels(_Part):
-    """Where labels lie and how they are encoded: `encodings` by label name, `fp16` otherwise."""
+class Labels(Part):
+    """Who fills the store that training reads, where it lies, and how labels are encoded: `encodings` by label name, `fp16` otherwise.
 
-    mode: Literal["stored"] = "stored"
+    `stored`: nobody, what lacks is an error. `tee`: teachers, beside training. `live`: the same into a scratch store in the output,
+    which keeps only what training has still to read: labelling leads it by at most `lead_rounds`. `window_bytes` of what is
+    committed also stay in Ray's object store.
+    """
+
+    mode: Literal["stored", "tee", "live"] = "tee"
     store: Place
     encodings: Mapping[str, str] = {}
     allow_partial: bool = False
+    lead_rounds: int = Field(default=2, ge=1)
+    window_bytes: int = Field(default=256_000_000, ge=0)
 
 
-class Train(_Part):
+class Train(Part):
     """How a student learns. `batch_size` counts clips over all workers, so results do not depend on their number.
 
     Every `check_every_steps` (0: never) it is checked whether the teacher is really used; that changes no result.
@@ -99,55 +102,11 @@ class Train(_Part):
     check_every_steps: int = Field(default=500, ge=0)
 
 
-class Checkpoint(_Part):
+class Checkpoint(Part):
     """A round, the distance between two checkpoints, ends once it has this many examples."""
 
     every_examples: int = Field(default=4096, ge=1)
     keep: int = Field(default=2, ge=1)
-
-
-class Decode(_Part):
-    """Decode tasks: how many at once (none: as many as the cluster holds), CPUs each asks for, the decoder, its limits.
-
-    A video may take `deadline_s`, and `deadline_s_per_video_s` more for each second of it; its decoder `max_memory_bytes`.
-    """
-
-    workers: int | None = Field(default=None, ge=1)
-    cpus: float | None = Field(default=None, gt=0)
-    backend: Literal["auto", "decord", "pyav"] = "auto"
-    deadline_s: float = Field(default=Limits.deadline_s, gt=0)
-    deadline_s_per_video_s: float = Field(default=Limits.deadline_s_per_video_s, ge=0)
-    max_memory_bytes: int = Field(default=Limits.max_memory_bytes, ge=MIN_MEMORY_BYTES)
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(self.deadline_s, self.deadline_s_per_video_s, self.max_memory_bytes)
-
-
-class TeacherPool(_Part):
-    """Teacher actors: how many, and what each asks for. None: what the profile gives."""
-
-    actors: int | None = Field(default=None, ge=1)
-    cpus: float | None = Field(default=None, ge=0)
-    gpus: float | None = Field(default=None, ge=0)
-
-
-class StudentGroup(_Part):
-    """Student training: `workers: 0` trains in the driver; n starts a Ray Train group of n."""
-
-    workers: int = Field(default=0, ge=0)
-    cpus: float = Field(default=1, gt=0)
-    gpus: float = Field(default=0, ge=0)
-
-
-class Compute(_Part):
-    """How much: `laptop` shares the cores of one machine, `cluster` asks for whole CPUs and GPUs; auto looks for GPUs."""
-
-    profile: Literal["auto", "laptop", "cluster"] = "auto"
-    address: str | None = None
-    decode: Decode = Decode()
-    teacher: TeacherPool = TeacherPool()
-    student: StudentGroup = StudentGroup()
 
 
 def _recipe(value: Any) -> Any:
@@ -162,7 +121,7 @@ def _recipe(value: Any) -> Any:
     return kind.model_validate(value)
 
 
-class Run(_Part):
+class Run(Part):
     """Everything that one run does; the resolved run is saved with its results."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
@@ -174,16 +133,35 @@ class Run(_Part):
     checkpoint: Checkpoint = Checkpoint()
     compute: Compute = Compute()
 
+    @property
+    def store(self) -> str:
+        """Where the label sets lie that training reads."""
+        return f"{self.output}/live" if self.labels.mode == "live" else self.labels.store
+
+    @property
+    def kept_frames(self) -> str:
+        """How frames are kept: in mode live they are always handed on with the labels, so that a view is decoded once."""
+        return "raw" if self.labels.mode == "live" and self.data.keep_frames == "none" else self.data.keep_frames
+
+    def stored_view(self, epoch: int) -> int:
+        """The view, as it is numbered in the store, that an epoch reads; `stored_view(k) % data.views.count` is what it shows."""
+        return epoch if self.labels.mode == "live" else epoch % self.data.views.count
+
+    @property
+    def held_out_view(self) -> int:
+        """The view, as it is numbered in the store, that evaluation reads: it shows view 0."""
+        return -(-self.train.epochs // self.data.views.count) * self.data.views.count if self.labels.mode == "live" else 0
+
     @field_validator("output", mode="after")
     @classmethod
     def _no_trailing_slash(cls, value: str) -> str:
         return value.rstrip("/")
 
 
-class Workflow(_Part):
+class Workflow(Part):
     """Runs done in order: run files (relative to the workflow's), each with its own overrides."""
 
-    class Step(_Part):
+    class Step(Part):
         run: str
         set: Sequence[str] = ()
 

@@ -23,6 +23,7 @@ from vkd.store import forgotten
 from vkd.store.labelset import ChunkRows, LabelSet, LabelSetSpec, Reject
 from vkd.video import guard
 from vkd.video.settings import Settings
+from vkd.window import Key, Link
 
 ITEM, REJECT, STATS = "item", "reject", "stats"
 KEPT = Reject("retry", "kept", "not rejected before: stays as it is", permanent=True)  # marks a row, is never committed
@@ -35,6 +36,7 @@ class Item(NamedTuple):
     chunk: Chunk
     lacks: tuple[str, ...]
     redo: Mapping[str, tuple[int, ...]] | None = None
+    round: int = 0  # of training, which is the first to read it
 
 
 @dataclass(frozen=True)
@@ -49,22 +51,28 @@ class Job:
     specs: Mapping[str, LabelSetSpec]
     column: Mapping[str, str]  # label set -> the column that holds its frames
     items: Sequence[Item]
+    num_views: int = 1  # item.view k shows what view k mod num_views shows
+    link: Link | None = None  # to training, when that waits for what is committed
 
 
 def decode(job: Job, batch: Columns) -> Columns:
     """Decode one chunk once for all samplings; a video that cannot be used becomes rejected rows."""
     (number,) = batch[ITEM].tolist()
-    item, started_s = job.items[number], time.process_time()
+    item = job.items[number]
+    if job.link is not None:
+        job.link.wait_for_turn(item.round)
+    started_s = time.process_time()
     lacks = still_lacking(job, item)
     wanted = [schema.EXAMPLE_ID, schema.VIDEO_ID, schema.URI, schema.START_S, schema.END_S]
     examples = job.plan.examples(item.chunk).select(wanted).to_pylist()
     if not lacks:  # another driver was faster: one row tells the next stages so
         examples = examples[:1]
+    ids = [example[schema.EXAMPLE_ID] for example in examples]
     before_s = guard.here(job.decoding).cpu_s
     columns, rejects = _decoded(job, item, examples if lacks else [])
     if FRAMES_ALIAS in lacks:
         kept = {FRAMES_ALIAS: columns[job.column[FRAMES_ALIAS]]}
-        commit(LabelSet.open(job.store, job.specs[FRAMES_ALIAS]), item, examples, rejects, kept)
+        commit(job, LabelSet.open(job.store, job.specs[FRAMES_ALIAS]), item, ChunkRows(ids, rejects, kept))
     decode_s = time.process_time() - started_s + guard.here(job.decoding).cpu_s - before_s
     stats = {"lacks": lacks, "decode_s": decode_s, "teach_s": {}, "fidelity": {}, "statistics": {}}
     return columns | {
@@ -90,7 +98,7 @@ def _decoded(job: Job, item: Item, examples: Sequence[Mapping[str, Any]]) -> tup
     gone = forgotten.noted(job.store)  # asked for each chunk: takedowns need not wait for the end of a long labelling
     rejects = {row: forgotten.REJECT for row in redone if examples[row][schema.VIDEO_ID] in gone}
     rejects |= {row: KEPT for row in range(len(examples)) if row not in redone}
-    clips = {row: clip_of(example, job.views, item.view) for row, example in enumerate(examples) if row not in rejects}
+    clips = {row: clip_of(example, job.views, item.view % job.num_views) for row, example in enumerate(examples) if row not in rejects}
     for row, decoded in zip(clips, decode_or_reject(list(clips.values()), job.decoding), strict=True):
         if isinstance(decoded, Reject):
             rejects[row] = decoded
@@ -118,12 +126,15 @@ def clip_of(example: Mapping[str, Any], views: ViewPolicy, view: int) -> Clip:
     return Clip(example[schema.URI], example[schema.START_S], example[schema.END_S], views.view(example_id, view), key)
 
 
-def commit(label_set: LabelSet, item: Item, examples: Sequence[Mapping[str, Any]], rejects: Mapping[int, Reject], labels: Columns) -> None:
-    rows = ChunkRows([example[schema.EXAMPLE_ID] for example in examples], rejects, labels)
-    if item.redo is None:
-        label_set.write(item.view, item.chunk, rows, num_rows=len(examples))
-    else:
-        label_set.amend(item.view, item.chunk, rows, item.redo[label_set.spec.alias])
+def commit(job: Job, label_set: LabelSet, item: Item, rows: ChunkRows) -> None:
+    """Commit what was made of an item, and tell training, if it waits."""
+    alias = label_set.spec.alias
+    if item.redo is not None:
+        label_set.amend(item.view, item.chunk, rows, item.redo[alias])
+        return
+    data = label_set.write(item.view, item.chunk, rows, num_rows=job.plan.examples(item.chunk).num_rows)
+    if data is not None and job.link is not None:
+        job.link.commit(Key(alias, item.view, item.chunk), item.round, data)
 
 
 def recorded() -> dict[str, str]:

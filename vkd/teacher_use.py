@@ -21,6 +21,7 @@ from vkd.loop import Loop
 from vkd.metrics import teacher_use
 from vkd.metrics.teacher_use import Control, Finding, Spans
 from vkd.recipes.base import Batch, Losses
+from vkd.run import Run
 from vkd.store import files
 
 FILE = "teacher_use.json"  # in the run's output
@@ -192,6 +193,15 @@ class TeacherUse:
             if (finding.kind, finding.where) not in self._told and gather.world()[0] == 0:
                 print(f"warning: {finding}", file=sys.stderr, flush=True)
             self._told.add((finding.kind, finding.where))
+
+
+def watched(loop: Loop, run: Run, step: int) -> TeacherUse:
+    """Watches the loop, on every rank: what it finds needs all of them. After a resume at `step` it knows what was found before."""
+    use = TeacherUse(loop, run.recipe.needs)
+    if step and (found := load(run.output)):
+        use.recall(found)
+    loop.watch = use
+    return use
 
 
 def load(output: str) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from vkd.rounds import Chunk
 from vkd.schema import FRAMES, Columns, TensorType
 from vkd.stages import ITEM, KEPT, REJECT, STATS, Job, commit, device, recorded
 from vkd.store.encodings import fidelity
-from vkd.store.labelset import LabelSet, Reject
+from vkd.store.labelset import ChunkRows, LabelSet, Reject
 
 LOGITS = "logits"
 THUMBNAIL_PX = 32
@@ -57,12 +57,12 @@ class Teach:
         rejects = {row: Reject(**json.loads(text)) for row, text in enumerate(batch[REJECT].tolist()) if text}
         if self.alias in stats["lacks"]:
             started_s = time.process_time()
-            examples = self.job.plan.examples(item.chunk).select([schema.EXAMPLE_ID]).to_pylist()
+            ids = self.job.plan.examples(item.chunk)[schema.EXAMPLE_ID].to_pylist()
             frames = batch[self.job.column[self.alias]]
             labels, rejects = self._labels(frames, rejects, item.chunk)
             good = np.array([row for row in range(len(frames)) if row not in rejects], np.int64)
             told = self._describe(frames[good], {name: rows[good] for name, rows in labels.items()})
-            commit(self.set, item, examples, rejects, labels)
+            commit(self.job, self.set, item, ChunkRows(ids, rejects, labels))
             stats["teach_s"][self.alias] = time.process_time() - started_s
             stats |= {name: stats[name] | measured for name, measured in told.items()}
         if not self.last:

@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -17,25 +19,29 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from torch.utils.tensorboard import SummaryWriter
 
-from vkd import checkpoint, cluster, gather, teacher_use
+from vkd import checkpoint, cluster, gather, heartbeat, planning, teacher_use
 from vkd import run as run_files
-from vkd.checkpoint import Position
+from vkd.beside import labelling_beside
+from vkd.checkpoint import Position, Saver
 from vkd.errors import ConfigError
 from vkd.feeding import Feeder, open_sets
+from vkd.labelling import LabelReport, Progress
 from vkd.loop import Loop, RoundReport, as_metrics
 from vkd.planning import Plan
+from vkd.rounds import Round, rounds_from
 from vkd.run import Run
 from vkd.schema import TRAIN
 from vkd.stages import device
-from vkd.store import files
-from vkd.store.labelset import LabelSet
-from vkd.teacher_use import TeacherUse
+from vkd.store import files, housekeeping
+from vkd.store.labelset import LabelSet, LabelSetSpec
+from vkd.window import Awaited, Link
 
 OnRound = Callable[[RoundReport], None]
 MAX_FAILURES = 3
 DECIDES = ("data", "labels", "recipe", "train", "checkpoint")  # sections that decide the weights; compute does not
 DECIDES_NOT = {  # less these
     "data": {"allow", "max_reject_fraction", "max_inline_bytes", "max_requests_per_s"},
+    "labels": {"mode", "lead_rounds", "window_bytes"},
     "train": {"check_every_steps"},
 }
 
@@ -49,6 +55,7 @@ class TrainReport:
     resumed_from: int
     num_steps: int
     num_examples: int
+    labels: LabelReport | None = None  # of what was labelled beside
 
 
 def student_folder(run: Run) -> str:
@@ -56,31 +63,38 @@ def student_folder(run: Run) -> str:
     return files.join(run.output, "student")
 
 
-def train(run: Run, on_round: OnRound) -> TrainReport:
-    """Train the run's student and export it; goes on from the newest checkpoint, does nothing when it is finished."""
+def train(run: Run, on_round: OnRound, on_labels: Progress = lambda _: None) -> TrainReport:
+    """Train the run's student and export it, on labels that are there or, with `labels.mode` tee or live, are made meanwhile.
+
+    Goes on from the newest checkpoint; does nothing when it is finished.
+    """
     claim_output(run)
     folder = student_folder(run)
     if files.exists(files.join(folder, checkpoint.CONFIG)):
         done = json.loads(files.read(files.join(folder, checkpoint.CONFIG)))["trained"]
         return TrainReport(folder, True, done["step"], done["step"], done["num_examples"])
     found = checkpoint.newest(run.output)
-    resumed_from = int(found.rsplit("-", 1)[-1]) if found else 0
+    start = checkpoint.position(found) if found else Position()
     attempt = checkpoint.new_attempt(run.output)
-    if run.compute.student.workers == 0:
-        train_rank(run, attempt, on_round)
-    else:
-        open_sets(run, Plan.of(run))  # what lacks is said here, not by a worker
-        with cluster.session(run.compute), cluster.worker_errors():
-            _fit_group(run, attempt)
+    with labelling_beside(run, (start.epoch, start.round), on_labels) as beside:
+        link = beside.link if beside is not None else None
+        if run.compute.student.max_workers == 0:
+            train_rank(run, attempt, on_round, link)
+        else:
+            _plan_and_sets(run, link)  # what lacks is said here, not by a worker
+            with cluster.session(run.compute), cluster.worker_errors():
+                _fit_group(run, attempt, link)
     done = json.loads(files.read(files.join(folder, checkpoint.CONFIG)))["trained"]
-    return TrainReport(folder, False, resumed_from, done["step"], done["num_examples"])
+    labels = beside.report if beside is not None else None
+    return TrainReport(folder, False, start.step, done["step"], done["num_examples"], labels)
 
 
-def train_rank(run: Run, attempt: str, on_round: OnRound) -> None:
-    """One rank's training, from the newest checkpoint to the export."""
+def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = None, beat: Callable[[], None] = lambda: None) -> None:
+    """One rank's training, from the newest checkpoint to the export; `link` leads to a labelling that runs beside."""
     rank, world_size = gather.world()
-    plan, sets, loop = _loop(run)
-    feeder = Feeder(run, plan, sets, TRAIN, rank, world_size)
+    plan, sets = _plan_and_sets(run, link)
+    loop = _loop(run, plan, {alias: label_set.spec for alias, label_set in sets.items()})
+    feeder = Feeder(run, plan, sets, TRAIN, rank, world_size, beat=beat)
     if not sum(feeder.sizes):
         raise ConfigError("no example is left to train on", where="data.split", action="hold out less, or add videos")
     if rank == 0 and plan.share < 1:
@@ -89,22 +103,60 @@ def train_rank(run: Run, attempt: str, on_round: OnRound) -> None:
         )
     found = checkpoint.newest(run.output)
     position = checkpoint.restore(found, loop.distiller, loop.optimizer) if found else Position()
-    use = _watched(run, loop, position)
-    board = SummaryWriter(files.join(run.output, "tensorboard"), purge_step=position.step) if rank == 0 else None
+    use = teacher_use.watched(loop, run, position.step)
+    if rank != 0:
+        loop.fit(feeder, run.checkpoint.every_examples, position, lambda report, _: on_round(report))
+        return
+    board = SummaryWriter(files.join(run.output, "tensorboard"), purge_step=position.step)
+    with closing(board), _Chief(run, attempt, loop, feeder, link) as chief:
 
-    def after_round(report: RoundReport, reached: Position) -> None:
-        if board is not None:
-            checkpoint.save(attempt, reached, loop.distiller, loop.optimizer)
-            checkpoint.prune(run.output, run.checkpoint.keep)
+        def after_round(report: RoundReport, reached: Position) -> None:
+            chief.after_round(report, reached)
             for name, value in (as_metrics(report) | use.metrics()).items():
                 board.add_scalar(name, value, reached.step)
             use.save(run.output)
-        on_round(report)
+            on_round(report)
 
-    position = loop.fit(feeder, run.checkpoint.every_examples, position, after_round)
-    if board is not None:
-        board.close()
-        _export(run, loop, sets, position, student_folder(run))
+        position = loop.fit(feeder, run.checkpoint.every_examples, position, after_round)
+    _export(run, loop, {label_set.spec.name for label_set in sets.values()}, position, student_folder(run))
+
+
+class _Chief:
+    """What rank 0 does beside training: it saves each round and lets labelling go on."""
+
+    def __init__(self, run: Run, attempt: str, loop: Loop, feeder: Feeder, link: Link | None) -> None:
+        self.run, self.attempt, self.loop, self.feeder, self.link = run, attempt, loop, feeder, link
+        self.saver, train = Saver(), run.train
+        rounds = rounds_from(feeder.sizes, (0, 0), train.epochs, run.checkpoint.every_examples, train.seed)
+        self.rounds = {(r.epoch, r.index): (number, r) for number, r in enumerate(rounds)}
+
+    def __enter__(self) -> _Chief:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.saver.flush()
+        finally:
+            self.saver.close()
+
+    def after_round(self, report: RoundReport, reached: Position) -> None:
+        """A round is trained: its checkpoint is written beside the next round."""
+        contents = checkpoint.snapshot(reached, self.loop.distiller, self.loop.optimizer)
+        number, round_ = self.rounds[report.epoch, report.round]
+        self.saver.submit(partial(self._save, reached.step, contents, round_))
+        if self.link is not None:
+            self.link.trained(number)
+
+    def _save(self, step: int, contents: Mapping[str, bytes], round_: Round) -> None:
+        checkpoint.save(self.attempt, step, contents)
+        checkpoint.prune(self.run.output, self.run.checkpoint.keep)
+        if self.run.labels.mode != "live":
+            return
+        for label_set in self.feeder.sets.values():  # no start of training reads them any more
+            for chunk in round_.chunks:
+                uri = files.join(self.run.store, label_set.spec.name)
+                housekeeping.drop(uri, self.run.stored_view(round_.epoch), self.feeder.plan.chunks[chunk])
 
 
 def export_newest(run: Run, folder: str) -> int:
@@ -112,32 +164,32 @@ def export_newest(run: Run, folder: str) -> int:
     found = checkpoint.newest(run.output)
     if found is None:
         raise ConfigError("no checkpoint yet", where=run.output, action="vkd distill RUN first")
-    _, sets, loop = _loop(run)
+    specs = planning.label_specs(run, planning.build_teachers(run.recipe.teachers))
+    plan = open_sets(run, Plan.of(run))[0] if run.labels.allow_partial else Plan.of(run)
+    loop = _loop(run, plan, specs)
     position = checkpoint.restore(found, loop.distiller, loop.optimizer)
-    _export(run, loop, sets, position, folder)
+    _export(run, loop, {spec.name for spec in specs.values()}, position, folder)
     return position.step
 
 
-def _loop(run: Run) -> tuple[Plan, dict[str, LabelSet], Loop]:
-    """The run's plan, label sets and untrained loop, the same on every rank."""
-    plan, sets = open_sets(run, Plan.of(run))
-    emits = {alias: label_set.spec.tensors for alias, label_set in sets.items()}
+def _plan_and_sets(run: Run, link: Link | None) -> tuple[Plan, Mapping[str, LabelSet | Awaited]]:
+    """All of the plan and sets that are being filled, or the plan cut to what the sets hold."""
+    if link is None:
+        return open_sets(run, Plan.of(run))
+    specs = planning.label_specs(run, planning.build_teachers(run.recipe.teachers))
+    return Plan.of(run), {alias: Awaited(run.store, spec, link) for alias, spec in specs.items()}
+
+
+def _loop(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec]) -> Loop:
+    """The run's untrained loop, the same on every rank."""
+    emits = {alias: spec.tensors for alias, spec in specs.items()}
     torch.manual_seed(run.train.seed)
-    return plan, sets, Loop(run.recipe.distiller(emits, len(plan.classes())), run.train, device())
+    return Loop(run.recipe.distiller(emits, len(plan.classes())), run.train, device())
 
 
-def _watched(run: Run, loop: Loop, position: Position) -> TeacherUse:
-    """Watches whether the loop's student uses its teacher; after a resume it knows what was found before."""
-    use = TeacherUse(loop, run.recipe.needs)
-    if position.step and (found := teacher_use.load(run.output)):
-        use.recall(found)
-    loop.watch = use
-    return use
-
-
-def _export(run: Run, loop: Loop, sets: Mapping[str, LabelSet], position: Position, folder: str) -> None:
+def _export(run: Run, loop: Loop, label_sets: Collection[str], position: Position, folder: str) -> None:
     trained = {"step": position.step, "num_examples": position.num_examples}
-    extra = {"trained": trained, "label_sets": [label_set.spec.name for label_set in sets.values()]}
+    extra = {"trained": trained, "label_sets": sorted(label_sets)}
     checkpoint.export(loop.distiller.student, run.recipe.student, folder, extra)
 
 
@@ -167,12 +219,12 @@ def _difference(before: Any, now: Any, path: str) -> str | None:
     return None if before == now else f"{path}: {before!r} there, {now!r} here"
 
 
-def _fit_group(run: Run, attempt: str) -> None:
+def _fit_group(run: Run, attempt: str, link: Link | None) -> None:
     asked = run.compute.student
     have = ray.cluster_resources()
     for kind, each in (("CPU", asked.cpus), ("GPU", asked.gpus)):
-        if asked.workers * each > have.get(kind, 0) + 1e-6:
-            what = f"{asked.workers} workers need {asked.workers * each:g} {kind}s, the cluster has {have.get(kind, 0):g}"
+        if asked.min_workers * each > have.get(kind, 0) + 1e-6:
+            what = f"{asked.min_workers} workers need {asked.min_workers * each:g} {kind}s, the cluster has {have.get(kind, 0):g}"
             raise ConfigError(what, where="compute.student", action=f"lower compute.student.workers or compute.student.{kind.lower()}s")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for the next check: 2 s by default
     each_worker = {"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {})
@@ -184,7 +236,7 @@ def _fit_group(run: Run, attempt: str) -> None:
         failure_config=retries,
         logging_config=LoggingConfig("CRITICAL"),  # what goes wrong is raised
     )
-    config = {"run": run.model_dump(mode="json"), "attempt": attempt}
+    config = {"run": run.model_dump(mode="json"), "attempt": attempt, "link": link}
     TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=ray_run).fit()
 
 
@@ -201,7 +253,8 @@ def _train_worker(config: dict[str, Any]) -> None:
             sys.stderr.flush()
         ray.train.report(as_metrics(report))
 
-    train_rank(run, config["attempt"], on_round)
+    with heartbeat.limited(run.compute.student.stalled_s) as beat:
+        train_rank(run, config["attempt"], on_round, config["link"], beat)
 
 
 def round_line(report: RoundReport) -> str:

@@ -103,7 +103,7 @@ class Cleaned:
 def verify(run: Run, num_sampled: int) -> Verification:
     """Check all label sets of a run, and label `num_sampled` clips again in this process."""
     plan, teachers = Plan.of(run), planning.build_teachers(run.recipe.teachers)
-    sets = {alias: LabelSet.open(run.labels.store, spec) for alias, spec in planning.label_specs(run, teachers).items()}
+    sets = {alias: LabelSet.open(run.store, spec) for alias, spec in planning.label_specs(run, teachers).items()}
     planned = {chunk: plan.examples(chunk).num_rows for chunk in plan.chunks}
     checks = []
     for label_set in sets.values():
@@ -135,7 +135,7 @@ def list_rejects(run: Run) -> list[Rejected]:
     for alias, spec in planning.label_specs(run, planning.build_teachers(run.recipe.teachers)).items():
         if alias == FRAMES_ALIAS:
             continue
-        label_set = LabelSet.open(run.labels.store, spec)
+        label_set = LabelSet.open(run.store, spec)
         for view in range(run.data.views.count):
             for chunk in sorted(label_set.committed(view).keys() & set(plan.chunks)):
                 found += _rejects_of(plan, label_set, view, chunk)

@@ -41,7 +41,7 @@ def local_ray() -> Iterator[None]:
 
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # workers import the fakes of tests/
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    cluster._quieten()
+    cluster.quieten()
     yield
     ray.shutdown()
 

@@ -36,7 +36,7 @@ def small_run(folder: Path, videos: Path) -> Tree:
             "split": {"by": "time", "holdout": 0.25},
             "keep_frames": "jpeg",
         },
-        "labels": {"store": str(folder / "labels")},
+        "labels": {"mode": "stored", "store": str(folder / "labels")},
         "recipe": {"name": "kd", "teacher": {"name": "efficientnet_lite", "variant": 0}, "student": {"name": "shift_cnn", "size": "small"}},
         "train": {"epochs": 2, "batch_size": 4, "learning_rate": 0.002},
         "checkpoint": {"every_examples": 6},

@@ -200,7 +200,7 @@ class _Evil:
 def saved(tmp_path: Path) -> tuple[str, nn.Module, torch.optim.Optimizer]:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    checkpoint.save(str(tmp_path), Position(step=1), model, optimizer)
+    small.save_checkpoint(str(tmp_path), Position(step=1), model, optimizer)
     return f"{tmp_path}/step-000000001", model, optimizer
 
 

@@ -211,9 +211,7 @@ def read(uri: str, index: int, columns: Sequence[str] | None, verify: bool, stam
     Raises FileNotFoundError, and StorageError when the file is corrupt.
     """
     if stamp is None:
-        whole = files.read(uri)
-        with _readable(uri):
-            return _read(io.BytesIO(whole), index, columns, verify)
+        return _parse(files.read(uri), index, columns, verify, uri)
     footer = _footer(uri, stamp)
 
     def once() -> tuple[ChunkInfo, pa.Table]:
@@ -221,6 +219,16 @@ def read(uri: str, index: int, columns: Sequence[str] | None, verify: bool, stam
             return _read(handle, index, columns, verify, footer)
 
     return files.patiently(once, uri)
+
+
+def parse(data: bytes, index: int, where: str) -> pa.Table:
+    """All of one chunk, from the bytes of its file. Raises StorageError, with `where`, when they are corrupt."""
+    return _parse(data, index, None, False, where)[1]
+
+
+def _parse(data: bytes, index: int, columns: Sequence[str] | None, verify: bool, where: str) -> tuple[ChunkInfo, pa.Table]:
+    with _readable(where):
+        return _read(io.BytesIO(data), index, columns, verify)
 
 
 def _read(handle: Any, index: int, columns: Sequence[str] | None, verify: bool, footer: Any = None) -> tuple[ChunkInfo, pa.Table]:

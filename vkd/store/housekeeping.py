@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from vkd.errors import ConfigError, LabelsMissing, StorageError
@@ -112,6 +112,19 @@ def find(store: str, name: str) -> LabelSet:
     if name not in sets:
         raise ConfigError(f"{name!r} is no label set", where=store, action=f"name one of {', '.join(sets)}")
     return sets[name]
+
+
+def drop(label_set_uri: str, view: int, chunk: Chunk) -> None:
+    """Delete the first attempt of a chunk: what training has read of a scratch set."""
+    files.delete(files.join(layout.folder_of(label_set_uri, view, chunk.shard), layout.chunk_name(chunk.index, 0)))
+
+
+def drop_others(label_set: LabelSet, wanted: Collection[tuple[int, Chunk]]) -> None:
+    """Delete all chunks of a scratch set but the wanted ones, by view."""
+    for view in label_set.views():
+        for chunk in label_set.committed(view):
+            if (view, chunk) not in wanted:
+                drop(label_set.uri, view, chunk)
 
 
 def remove(label_set: LabelSet) -> None:

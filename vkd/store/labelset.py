@@ -112,8 +112,8 @@ class LabelSet:
                     action="this machine's teacher computes something else: mend its files or precision, or label into another store",
                 )
 
-    def write(self, view: int, chunk: Chunk, rows: ChunkRows, attempt: int = 0, num_rows: int | None = None) -> bool:
-        """Commit one chunk, unless another writer was first: whether it did.
+    def write(self, view: int, chunk: Chunk, rows: ChunkRows, attempt: int = 0, num_rows: int | None = None) -> bytes | None:
+        """Commit one chunk: its file's content, or None when another writer was first.
 
         `num_rows` is what the plan says: another count means that a block was cut, and is refused.
         """
@@ -264,10 +264,10 @@ class LabelSet:
             if self._commit(view, chunk, chunkfile.replaced(stored, fresh, rows), attempt + 1):
                 return attempt + 1  # else another writer was faster: once more, upon its rows
 
-    def _commit(self, view: int, chunk: Chunk, table: pa.Table, attempt: int) -> bool:
+    def _commit(self, view: int, chunk: Chunk, table: pa.Table, attempt: int) -> bytes | None:
         data = chunkfile.to_bytes([(chunkfile.info_of(table, chunk.index, attempt), table)], one_group_each=False)
         where = files.join(layout.folder_of(self.uri, view, chunk.shard), layout.chunk_name(chunk.index, attempt))
-        return files.put(where, data, new=True)
+        return data if files.put(where, data, new=True) else None
 
     def _facts(self, view: int) -> list[tuple[Chunk, ChunkInfo]]:
         shards = layout.shards_of(self.uri, view)

@@ -26,7 +26,9 @@ class Student(nn.Module, ABC):
         if FEATURES in heads:
             raise ValueError(f"a label named {FEATURES!r} would hide the student's own features; rename it")
         self.sampling, self.num_features = sampling, num_features
-        self.heads = nn.ModuleDict({name: nn.Linear(num_features, size) for name, size in heads.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(num_features, heads[name]) for name in sorted(heads)}
+        )  # their order decides their weights
 
     @abstractmethod
     def features(self, clips: Float[Tensor, "b t 3 s s"]) -> Float[Tensor, "b d"]:

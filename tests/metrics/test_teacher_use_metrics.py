@@ -76,7 +76,7 @@ def test_shares_sum_to_one(norms: dict[str, float]) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "other", "expected"),
-    [(1.0, 1.0, False), (1.0, 1.000001, False), (1e-8, 1.1e-8, True), (1.0, math.nan, True), (0, 0, False)],
+    [(1.0, 1.0, False), (1.0, 1.000001, False), (1e-8, 1.1e-8, True), (1.0, math.nan, True), (0.0, 0.0, False)],
 )
 def test_a_loss_that_changed(loss: float, other: float, expected: bool) -> None:
     assert changed(loss, other) is expected

@@ -1,0 +1,78 @@
+"""How much a run asks for: decode tasks, teacher actors, student workers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
+
+from vkd.video.settings import MIN_MEMORY_BYTES, Limits
+
+
+class Part(BaseModel):
+    """A section of a run file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Decode(Part):
+    """Decode tasks: how many at once (none: as many as the cluster holds), CPUs each asks for, the decoder, its limits.
+
+    A video may take `deadline_s`, and `deadline_s_per_video_s` more for each second of it; its decoder `max_memory_bytes`.
+    """
+
+    workers: int | None = Field(default=None, ge=1)
+    cpus: float | None = Field(default=None, gt=0)
+    backend: Literal["auto", "decord", "pyav"] = "auto"
+    deadline_s: float = Field(default=Limits.deadline_s, gt=0)
+    deadline_s_per_video_s: float = Field(default=Limits.deadline_s_per_video_s, ge=0)
+    max_memory_bytes: int = Field(default=Limits.max_memory_bytes, ge=MIN_MEMORY_BYTES)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.deadline_s, self.deadline_s_per_video_s, self.max_memory_bytes)
+
+
+class TeacherPool(Part):
+    """Teacher actors: how many, and what each asks for. None: what the profile gives."""
+
+    actors: int | None = Field(default=None, ge=1)
+    cpus: float | None = Field(default=None, ge=0)
+    gpus: float | None = Field(default=None, ge=0)
+
+
+class StudentGroup(Part):
+    """Student training: `workers: 0` trains in the driver; n starts a Ray Train group of n, [n, m] one of n to m, as nodes come and go.
+
+    A rank that makes no step and waits for no data for `stalled_s` is taken for hung, and the group starts anew.
+    """
+
+    workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = 0
+    cpus: float = Field(default=1, gt=0)
+    gpus: float = Field(default=0, ge=0)
+    stalled_s: float = Field(default=600, gt=0)
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @field_validator("workers")
+    @classmethod
+    def _ascending(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"[{value[0]}, {value[1]}] is no range: the first is the smaller number")
+        return value
+
+
+class Compute(Part):
+    """How much: `laptop` shares the cores of one machine, `cluster` asks for whole CPUs and GPUs; auto looks for GPUs."""
+
+    profile: Literal["auto", "laptop", "cluster"] = "auto"
+    address: str | None = None
+    decode: Decode = Decode()
+    teacher: TeacherPool = TeacherPool()
+    student: StudentGroup = StudentGroup()
