@@ -53,7 +53,7 @@ class InMemory:
 
     def __init__(self, spoil: Spoil = dict, num_clips: int = NUM_STEPS * BATCH_SIZE, seed: int = 0) -> None:
         self.rank, self.world_size = gather.world()
-        self.sizes, self.wait_s, self.unreadable = [num_clips], 0.0, 0
+        self.sizes, self.wait_s, self.unreadable, self.left_out = [num_clips], 0.0, 0, 0
         self.clips = spoil(clips(num_clips, seed))
 
     def stream(self, rounds: Sequence[Round], batch_size: int, seed: int) -> Iterator[Fed]:
