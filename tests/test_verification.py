@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import fakes
@@ -10,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import small
 
+from vkd import cli, teacher_use
 from vkd.errors import LabelsMissing
+from vkd.metrics.teacher_use import Finding
 from vkd.planning import FRAMES_ALIAS
 from vkd.run import Run
 from vkd.schema import Columns
@@ -122,3 +126,49 @@ def test_a_set_without_a_chunk_is_all_missing(labelled: Run, tmp_path: Path) -> 
         path.unlink()
     assert checks_of(run)["teacher"].missing == 5
     assert verify(run, NUM_SAMPLED).agreement == {}
+
+
+def test_a_student_that_does_not_use_its_teacher_is_found(labelled: Run, tmp_path: Path) -> None:
+    run = small.changed(labelled, f"output={tmp_path}")
+    assert verify(run, 0).unused == []
+    found = Finding("drowned", "cosine", "1e-06 of the gradient", "raise its weight, or set it to 0")
+    document = {"step": 120, "judged": True, "max_gradient_share": {"cosine": 1e-6}, "findings": [asdict(found)]}
+    (tmp_path / teacher_use.FILE).write_text(json.dumps(document))
+    verification = verify(run, 0)
+    assert (verification.ok, verification.labels_ok, verification.unused) == (False, True, [found])
+    (tmp_path / teacher_use.FILE).write_text(json.dumps(document | {"findings": []}))
+    assert verify(run, 0).ok
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_tells_it_and_fails(
+    labelled: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    found = Finding("unused", "kl", "0.38 with the teacher's labels, 0.38 with those of other clips", "check that they belong together")
+    document = {"step": 120, "judged": True, "max_gradient_share": {}, "findings": [asdict(found)]}
+    (tmp_path / teacher_use.FILE).write_text(json.dumps(document))
+    path = small.write(labelled.model_dump(mode="json") | {"output": str(tmp_path)}, tmp_path / "run.yaml")
+    monkeypatch.setattr("sys.argv", ["vkd", "verify", str(path), "--sample", "0", *(["--json"] if as_json else [])])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert ended.value.code == 2
+    assert err.endswith(f"vkd: {tmp_path}: the teacher is not used as it should be, see above: kl -> {found.action}\n")
+    assert f"teacher not used, {found}" in (err if as_json else out)
+    if as_json:
+        answer = json.loads(out.splitlines()[-1])
+        assert (answer["ok"], answer["teacher_use"]) == (False, [asdict(found)])
+
+
+def test_training_leaves_its_findings_for_verify(labelled: Run, tmp_path: Path) -> None:
+    from vkd import training  # imports Ray, which takes seconds
+
+    run = small.changed(labelled, f"output={tmp_path}", "train.epochs=1", "recipe.weights={kl: 1.0, cosine: 1.0e-6}")
+    training.train(run, lambda report: None)
+    document = teacher_use.load(run.output)
+    assert document is not None
+    assert (document["step"], document["judged"]) == (2, False)
+    assert [finding.where for finding in verify(run, 0).unused] == ["cosine"]
+    training.claim_output(small.changed(run, "train.check_every_steps=7"))  # decides no weight
+    training.train(small.changed(run, f"output={tmp_path}/none", "train.check_every_steps=0"), lambda report: None)
+    assert teacher_use.load(f"{tmp_path}/none") is None

@@ -181,7 +181,7 @@ def verify(
     clean: Annotated[bool, typer.Option("--clean", help="First delete what interrupted writes left, and superseded files.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a run's labels: each planned clip labelled or rejected, every file whole, a sample labelled again agrees."""
+    """Check a run's labels: each planned clip labelled or rejected, files whole, a sample labelled again agrees, training used them."""
     from vkd import verification
     from vkd.run import load_one
 
@@ -195,15 +195,23 @@ def verify(
         )
         for name, agreement in found.agreement.items():
             screen.line(f"labelled again, {name}: lowest cosine {agreement:.5f} of {sample} clips")
+        for finding in found.unused:
+            screen.line(f"teacher not used, {finding}")
         result = {"ok": found.ok, "sets": [vars(row) for row in found.sets], "agreement": found.agreement}
+        result["teacher_use"] = [vars(row) for row in found.unused]
         if rejects:
             listed = verification.list_rejects(loaded)
             for row in listed:
                 screen.line(f"rejected: {row}")
             result["rejects"] = [vars(row) for row in listed]
         cli_parts.finish(as_json, result)
-        if not found.ok:
+        if not found.labels_ok:
             raise ConfigError("the labels are not whole, see above", where=loaded.labels.store, action=found.action)
+        if found.unused:
+            first = found.unused[0]
+            raise ConfigError(
+                f"the teacher is not used as it should be, see above: {first.where}", where=loaded.output, action=first.action
+            )
 
 
 @app.command()

@@ -44,6 +44,7 @@ class Loop:
         bf16 = train.precision == "bf16" or (train.precision == "auto" and device == "cuda")
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
         self.to_device = ToDevice(device)
+        self.watch: Callable[[Fed, int, int], None] | None = None  # sees each step's input, its number and their total, and changes nothing
 
     def fit(self, feeder: Feeder, every_examples: int, position: Position, on_round: Callable[[RoundReport, Position], None]) -> Position:
         """Train from `position` to the end; `on_round` is called on every rank once a round is trained."""
@@ -56,6 +57,8 @@ class Loop:
         for fed in feeder.stream(left, train.batch_size, train.seed):
             if meter.fresh:
                 torch.manual_seed(_seed(train.seed, fed.round.epoch, fed.round.index, feeder.rank))
+            if self.watch is not None:
+                self.watch(fed, position.step, total)
             rate = learning_rate(position.step, total, train)
             losses = self._step(model, fed, rate)
             meter.add(losses, fed.num_examples)

@@ -86,7 +86,10 @@ class Labels(Part):
 
 
 class Train(Part):
-    """How a student learns. `batch_size` counts clips over all workers, so results do not depend on their number."""
+    """How a student learns. `batch_size` counts clips over all workers, so results do not depend on their number.
+
+    Every `check_every_steps` (0: never) it is checked whether the teacher is really used; that changes no result.
+    """
 
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -96,6 +99,7 @@ class Train(Part):
     clip_norm: float = Field(default=1.0, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
+    check_every_steps: int = Field(default=500, ge=0)
 
 
 class Checkpoint(Part):

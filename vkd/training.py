@@ -19,7 +19,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Wo
 from ray.train.torch import TorchTrainer
 from torch.utils.tensorboard import SummaryWriter
 
-from vkd import checkpoint, cluster, gather, heartbeat, planning
+from vkd import checkpoint, cluster, gather, heartbeat, planning, teacher_use
 from vkd import run as run_files
 from vkd.beside import labelling_beside
 from vkd.checkpoint import Position, Saver
@@ -42,6 +42,7 @@ DECIDES = ("data", "labels", "recipe", "train", "checkpoint")  # sections that d
 DECIDES_NOT = {  # less these
     "data": {"allow", "max_reject_fraction", "max_inline_bytes", "max_requests_per_s"},
     "labels": {"mode", "lead_rounds", "window_bytes"},
+    "train": {"check_every_steps"},
 }
 
 
@@ -102,6 +103,7 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
         )
     found = checkpoint.newest(run.output)
     position = checkpoint.restore(found, loop.distiller, loop.optimizer) if found else Position()
+    use = teacher_use.watched(loop, run, position.step)
     if rank != 0:
         loop.fit(feeder, run.checkpoint.every_examples, position, lambda report, _: on_round(report))
         return
@@ -110,8 +112,9 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
 
         def after_round(report: RoundReport, reached: Position) -> None:
             chief.after_round(report, reached)
-            for name, value in as_metrics(report).items():
+            for name, value in (as_metrics(report) | use.metrics()).items():
                 board.add_scalar(name, value, reached.step)
+            use.save(run.output)
             on_round(report)
 
         position = loop.fit(feeder, run.checkpoint.every_examples, position, after_round)

@@ -1,4 +1,4 @@
-"""Checks of a run's labels: every planned clip is labelled or rejected, every file is whole, a live teacher still agrees."""
+"""Checks of a run's labels: every planned clip is labelled or rejected, files are whole, a live teacher agrees, the student used it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vkd import planning, schema, stages
+from vkd import planning, schema, stages, teacher_use
 from vkd.errors import StorageError
 from vkd.manifest import Manifest
+from vkd.metrics.teacher_use import Finding
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.run import Run
@@ -43,13 +44,18 @@ class SetCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks; `agreement` is the lowest cosine of labels made again, by teacher label."""
+    """All checks; `agreement` is the lowest cosine of labels made again, by teacher label; `unused` what training found wrong."""
 
     sets: list[SetCheck]
     agreement: dict[str, float]
+    unused: list[Finding]
 
     @property
     def ok(self) -> bool:
+        return self.labels_ok and not self.unused
+
+    @property
+    def labels_ok(self) -> bool:
         whole = all(check.planned == check.labelled + check.rejected and not check.missing and not check.damaged for check in self.sets)
         return whole and all(value >= MIN_COSINE for value in self.agreement.values())
 
@@ -109,7 +115,8 @@ def verify(run: Run, num_sampled: int) -> Verification:
     for alias, teacher in teachers.items():
         if num_sampled and sets[alias].missing(0, plan.chunks) != plan.chunks:
             agreement |= _label_again(run, plan, teacher, sets[alias], num_sampled)
-    return Verification(checks, agreement)
+    trained = teacher_use.load(run.output) or {"findings": []}
+    return Verification(checks, agreement, [Finding(**found) for found in trained["findings"]])
 
 
 def clean(run: Run) -> Cleaned:
