@@ -23,7 +23,7 @@ from measure import Watch, arguments, corpus, finish, spread
 from vkd import labelling
 from vkd import run as run_files
 from vkd.clips import Clip, View
-from vkd.labelling import LabelReport
+from vkd.label_report import LabelReport
 from vkd.manifest import BuildOptions, build
 from vkd.planning import Plan
 from vkd.run import Run

@@ -33,6 +33,7 @@ from train_speed import bare, in_memory
 from vkd import cluster, labelling, planning, stages, training, worklist
 from vkd import run as run_files
 from vkd.beside import TELL_S
+from vkd.label_report import LabelReport
 from vkd.loop import RoundReport
 from vkd.manifest import BuildOptions, build
 from vkd.planning import Plan
@@ -115,7 +116,7 @@ def trained(run: Run, after_round: Callable[[], None] = lambda: None) -> dict[st
         told.append((time.monotonic(), report))
         after_round()
 
-    def on_labels(report: labelling.LabelReport) -> None:
+    def on_labels(report: LabelReport) -> None:
         if not first_s and report.done:
             first_s.append(time.monotonic() - TELL_S)  # the driver looks once in this time
 

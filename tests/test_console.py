@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vkd.console import Screen
-from vkd.labelling import LabelReport
+from vkd.label_report import LabelReport
 
 CHUNK = {"labelled": 4, "elsewhere": 0, "rejected": {}, "decode_s": 1.0, "teach_s": {"teacher": 1.0}, "fidelity": {}}
 

@@ -11,7 +11,7 @@ import torch
 
 from vkd import labelling, planning, worklist
 from vkd.errors import ManifestError
-from vkd.labelling import LabelReport
+from vkd.label_report import LabelReport
 from vkd.planning import Plan
 from vkd.rounds import rounds_of_epoch
 from vkd.run import Run

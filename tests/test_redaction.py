@@ -13,8 +13,8 @@ import small
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from vkd import claim
 from vkd import run as run_files
-from vkd import training
 from vkd.console import Screen
 from vkd.errors import SECRET_VARIABLES, ConfigError, StorageError, VideoError, redact
 from vkd.manifest import BuildOptions, Manifest, build
@@ -111,14 +111,14 @@ def test_a_stored_run_holds_no_secret_and_loads(tmp_path: Path) -> None:
     tree = small.tree_of(tmp_path)
     tree["data"]["source"] = "https://me:hunter22@host/list.csv?token=abcdef0123"
     run = run_files.parse(tree)
-    training.claim_output(run)
+    claim.claim_output(run)
     stored = tmp_path / "out" / "run.yaml"
     assert not re.search("hunter22|abcdef0123", stored.read_text())
     (loaded,) = run_files.load(stored)
     assert loaded.data.source == "https://***@host/list.csv?token=***"
-    training.claim_output(small.changed(run, "data.source=https://me:changed0@host/list.csv?token=another012"))  # the same place
+    claim.claim_output(small.changed(run, "data.source=https://me:changed0@host/list.csv?token=another012"))  # the same place
     with pytest.raises(ConfigError, match=r"data\.source"):
-        training.claim_output(small.changed(run, "data.source=https://me:changed0@elsewhere/list.csv"))
+        claim.claim_output(small.changed(run, "data.source=https://me:changed0@elsewhere/list.csv"))
 
 
 def test_a_stored_manifest_holds_no_secret_but_where_videos_are(tmp_path: Path) -> None:

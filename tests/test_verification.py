@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import small
 
-from vkd import cli, teacher_use
+from vkd import claim, cli, teacher_use
 from vkd.errors import LabelsMissing
 from vkd.metrics.teacher_use import Finding
 from vkd.planning import FRAMES_ALIAS
@@ -169,6 +169,6 @@ def test_training_leaves_its_findings_for_verify(labelled: Run, tmp_path: Path) 
     assert document is not None
     assert (document["step"], document["judged"]) == (2, False)
     assert [finding.where for finding in verify(run, 0).unused] == ["cosine"]
-    training.claim_output(small.changed(run, "train.check_every_steps=7"))  # decides no weight
+    claim.claim_output(small.changed(run, "train.check_every_steps=7"))  # decides no weight
     training.train(small.changed(run, f"output={tmp_path}/none", "train.check_every_steps=0"), lambda report: None)
     assert teacher_use.load(f"{tmp_path}/none") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vkd import cluster, labelling
 from vkd import run as run_files
 from vkd.errors import VkdError
-from vkd.labelling import LabelReport
+from vkd.label_report import LabelReport
 from vkd.run import Run
 from vkd.window import POLL_S, Key, Taken, Window
 
@@ -104,7 +105,9 @@ class Beside:
         )
         self.actor = kind.remote(run.model_dump(mode="json"), start)
         self.link, self.progress, self.report = RemoteLink(self.actor), progress, LabelReport()
-        self.peak_window_bytes = self.handed_over_bytes = 0
+        self.peak_window_bytes = self.handed_over_bytes = self.spilled_bytes = 0
+        self.num_cores = ray.cluster_resources()["CPU"]
+        self._looked_s = time.monotonic()
         self._labelled = self.actor.label.remote()
         self._ended = threading.Event()
         self._teller = threading.Thread(target=self._tell, daemon=True)
@@ -114,6 +117,7 @@ class Beside:
         """Wait for the rest of the labels. Raises what the labelling raised."""
         ray.get(self._labelled)
         self._look()
+        self.spilled_bytes = cluster.spilled_bytes()
 
     def raise_its_error(self) -> None:
         """Raise what ended the labelling, if something did: it is the cause of what training says then."""
@@ -132,10 +136,17 @@ class Beside:
                 self._look()
 
     def _look(self) -> None:
-        before = self.report.done
+        before, now_s = self.report, time.monotonic()
         self.report, self.peak_window_bytes, self.handed_over_bytes = ray.get(self.actor.progress.remote())
-        if self.report.done > before:
+        if self.report.done > before.done:
             self.progress(self.report)
+        elapsed_s, self._looked_s = now_s - self._looked_s, now_s
+        busy = {
+            f"busy.{name}": (stage.busy_s - before.busy_s[name]) / (stage.num_workers * elapsed_s)
+            for name, stage in self.report.stages().items()
+        }
+        counts = {"labelled": self.report.labelled, "rejected": self.report.rejected.total(), "handed_over_bytes": self.handed_over_bytes}
+        cluster.export_metrics(busy | counts)
 
 
 @contextmanager
@@ -144,7 +155,8 @@ def labelling_beside(run: Run, start: tuple[int, int], progress: Callable[[Label
 
     None, and no Ray, when the run reads stored labels or the store lacks nothing.
     """
-    if run.labels.mode == "stored" or not (run.labels.mode == "live" or labelling.lacks_for_training(run, start)):
+    always = run.labels.mode == "live" and start[0] < run.train.epochs  # what training reads goes again
+    if run.labels.mode == "stored" or not (always or labelling.lacks_for_training(run, start)):
         yield None
         return
     with cluster.session(run.compute), cluster.worker_errors():

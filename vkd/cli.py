@@ -16,7 +16,7 @@ from vkd.cli_parts import Json, Overrides, RunFile
 from vkd.errors import ConfigError, StorageError, VkdError, redact
 
 if TYPE_CHECKING:
-    from vkd.labelling import LabelReport
+    from vkd.label_report import LabelReport
     from vkd.training import TrainReport
 
 
@@ -112,6 +112,7 @@ def distill(run: RunFile, overrides: Overrides = None, as_json: Json = False) ->
         if report.labels is not None:
             screen.labels(report.labels, loaded.store)
         screen.student(report)
+        screen.efficiency(report)
         if loaded.data.split.by != "none":
             screen.line(f"next: vkd evaluate {cli_parts.words(run, overrides)}")
         cli_parts.finish(as_json, _train_json(report))
@@ -149,6 +150,7 @@ def run_command(run: RunFile, overrides: Overrides = None, as_json: Json = False
             if labelled is not None:
                 screen.labels(labelled, loaded.store)
             screen.student(trained)
+            screen.efficiency(trained)
             if measured is not None:
                 screen.retention(measured)
             screen.timings({})
@@ -283,7 +285,8 @@ def _fraction(text: str) -> float:
 
 
 def _train_json(report: TrainReport) -> dict[str, Any]:
-    return vars(report) | {"labels": report.labels and _label_json(report.labels)}
+    told = {"labels": report.labels and _label_json(report.labels), "efficiency": report.efficiency and report.efficiency.figures()}
+    return vars(report) | told
 
 
 def _label_json(report: LabelReport) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The Ray session: start, settings, what a run may ask for, and errors that come back from workers."""
+"""The Ray session: start, settings, figures, and errors that come back from workers."""
 
 from __future__ import annotations
 
@@ -9,44 +9,31 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import FrameType
 
 import ray
-from ray._private import ray_logging
+from ray._private import internal_api, ray_logging
 from ray._private.worker import print_to_stdstream
 from ray.data import DataContext
 from ray.exceptions import LocalRayletDiedError, NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import RayTrainError, UserExceptionWithTraceback
+from ray.util.metrics import Gauge
 
 from vkd import lifeline
 from vkd.compute import Compute
 from vkd.errors import ConfigError, VkdError
 
 NO_PROGRESS_TIMEOUT_S = 900
-BUSY_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
 NATIVE_STDERR = 2
 INTERRUPTED = threading.Event()
+GAUGES: dict[str, Gauge] = {}
 LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, LocalRayletDiedError)
 SILENT_ACTORS = ("TrainController", "PlacementGroupCleaner", "_Labeller")
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the stages of a labelling execution ask for: counts, and CPUs / GPUs / threads of one task or actor."""
-
-    decode_workers: int | None
-    decode_cpus: float
-    teacher_actors: int
-    teacher_cpus: float
-    teacher_gpus: float
-    teacher_threads: int
 
 
 @contextmanager
@@ -149,6 +136,21 @@ def _hide_silent_actors() -> None:
     dispatcher.add_handler("ray_print_logs", lambda data: data.get("actor_name") in SILENT_ACTORS or print_to_stdstream(data, False))
 
 
+def spilled_bytes() -> int:
+    """What the object stores of all nodes have written to disk so far."""
+    context = ray.get_runtime_context()
+    reply = internal_api.get_memory_info_reply(internal_api.get_state_from_address(context.gcs_address))
+    return int(reply.store_stats.spilled_bytes_total)
+
+
+def export_metrics(figures: Mapping[str, float]) -> None:
+    """Show figures to Prometheus, as gauges `ray_vkd_<name>`."""
+    for name, value in figures.items():
+        if name not in GAUGES:
+            GAUGES[name] = Gauge(f"vkd_{name.replace('.', '_')}", description=f"vkd: {name}")
+        GAUGES[name].set(value)
+
+
 def labelling_context(max_bytes: int) -> DataContext:
     """Settings of a labelling execution: whole chunks as blocks, bounded frames in flight, a limit without progress."""
     context = DataContext.get_current()
@@ -158,82 +160,6 @@ def labelling_context(max_bytes: int) -> DataContext:
     context.raise_original_map_exception = True  # else only the text of what a worker raises comes back
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(object_store_memory=max_bytes)
     return context
-
-
-def resources(compute: Compute, num_teachers: int, beside_training: bool = False) -> Resources:
-    """The run's requests, filled in by the profile, of what training leaves.
-
-    Raises ConfigError, naming the key, when the cluster cannot hold them.
-    """
-    total, student = ray.cluster_resources(), compute.student
-    workers = student.max_workers if beside_training else 0
-    cpus, gpus = (total.get(kind, 0.0) - workers * each for kind, each in (("CPU", student.cpus), ("GPU", student.gpus)))
-    if workers and cpus < 1e-6:
-        what = f"{workers} student workers take all CPUs, and labelling beside them needs some"
-        raise ConfigError(what, where="compute.student", action="lower compute.student.cpus or workers, or vkd label RUN first")
-    laptop = compute.profile == "laptop" or (compute.profile == "auto" and gpus == 0)
-    found = _laptop(compute, cpus, num_teachers) if laptop else _cluster(compute, gpus, num_teachers)
-    _check(found, cpus, gpus, num_teachers)
-    return found
-
-
-def _laptop(compute: Compute, cpus: float, num_teachers: int) -> Resources:
-    """Half the cores for teachers, somewhat less for decoding: both run at once, and unequal requests keep Ray from fusing them."""
-    cores = max(1, int(cpus))
-    actors = compute.teacher.actors or min(cores, 4)
-    teacher_cpus = compute.teacher.cpus if compute.teacher.cpus is not None else 0.5 * cpus / (actors * max(1, num_teachers))
-    workers = compute.decode.workers or cores
-    decode_cpus = compute.decode.cpus or 0.45 * cpus / workers
-    threads = max(1, cores // actors)
-    return Resources(workers, decode_cpus, actors, teacher_cpus, compute.teacher.gpus or 0.0, threads)
-
-
-def _cluster(compute: Compute, gpus: float, num_teachers: int) -> Resources:
-    """One GPU an actor, as many actors as there are GPUs for each teacher; decoding takes the CPUs that are left."""
-    gpus_each = compute.teacher.gpus if compute.teacher.gpus is not None else (1.0 if gpus else 0.0)
-    fitting = int(gpus / (gpus_each * max(1, num_teachers))) if gpus_each else 1
-    actors = compute.teacher.actors or max(1, fitting)
-    teacher_cpus = compute.teacher.cpus if compute.teacher.cpus is not None else 1.5
-    threads = max(1, int(teacher_cpus))
-    return Resources(compute.decode.workers, compute.decode.cpus or 1.0, actors, teacher_cpus, gpus_each, threads)
-
-
-def wait_until_free(asked: Resources, num_teachers: int) -> None:
-    """Wait while others hold what one decode task and all actors need; nothing would say so later. Raises ConfigError after a minute."""
-    deadline_s, told = time.monotonic() + BUSY_S, False
-    while True:
-        free = ray.available_resources()
-        lacking = [
-            f"{need:g} {kind}, of which {free.get(kind.removesuffix('s'), 0.0):g} are free"
-            for kind, need, _ in _needs(asked, num_teachers)
-            if need > free.get(kind.removesuffix("s"), 0.0) + 1e-6
-        ]
-        if not lacking:
-            return
-        if time.monotonic() > deadline_s:
-            action = "wait for the job that holds them, or lower compute.teacher.actors"
-            raise ConfigError(f"the cluster is busy: labelling needs {' and '.join(lacking)}", where="compute", action=action)
-        if not told and deadline_s - time.monotonic() < BUSY_S - 5.0:
-            print(f"the cluster is busy: labelling needs {' and '.join(lacking)}; waiting for a minute", file=sys.stderr, flush=True)
-            told = True
-        time.sleep(0.1)
-
-
-def _needs(asked: Resources, num_teachers: int) -> list[tuple[str, float, str]]:
-    """(kind, how many at least, the keys that say so)."""
-    actors = asked.teacher_actors * num_teachers
-    return [
-        ("GPUs", actors * asked.teacher_gpus, "compute.teacher.gpus"),
-        ("CPUs", actors * asked.teacher_cpus + asked.decode_cpus, "compute.teacher.cpus or compute.decode.cpus"),
-    ]
-
-
-def _check(asked: Resources, cpus: float, gpus: float, num_teachers: int) -> None:
-    for kind, need, keys in _needs(asked, num_teachers):
-        have = gpus if kind == "GPUs" else cpus
-        if need > have + 1e-6:
-            what, action = f"labelling needs at least {need:g} {kind}, the cluster has {have:g}", f"lower compute.teacher.actors, {keys}"
-            raise ConfigError(what, where="compute", action=action)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.table import Table
 from vkd.errors import redact
 
 if TYPE_CHECKING:  # commands that only list must not import torch
-    from vkd.labelling import LabelReport
+    from vkd.label_report import LabelReport
     from vkd.loop import RoundReport
     from vkd.training import TrainReport
 
@@ -105,6 +105,11 @@ class Screen:
             return
         since = f", resumed from step {report.resumed_from}" if report.resumed_from else ""
         self.line(f"student: {report.num_steps} steps over {report.num_examples} clips{since} -> {report.student}")
+
+    def efficiency(self, report: TrainReport) -> None:
+        """Where the time of a training went."""
+        if report.efficiency is not None:
+            self.line(report.efficiency.line())
 
     def retention(self, measured: Mapping[str, Any]) -> None:
         """What an evaluation found."""

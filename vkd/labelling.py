@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -17,13 +17,14 @@ from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask, TaskPoolS
 from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
 
-from vkd import cluster, planning, stages, status, worklist
+from vkd import cluster, planning, resources, stages, status, worklist
 from vkd.clips import ViewPolicy, assign_splits
 from vkd.compute import Compute
 from vkd.errors import ConfigError, ManifestError, VideoError, VkdError
+from vkd.label_report import LabelReport
 from vkd.manifest import Manifest
-from vkd.metrics.label_statistics import Statistics, pooled
 from vkd.planning import FRAMES_ALIAS, Plan
+from vkd.resources import Resources
 from vkd.rounds import Chunk
 from vkd.run import Run
 from vkd.schema import FRAMES, URI, Columns
@@ -36,40 +37,7 @@ from vkd.window import Link
 from vkd.worklist import Retry
 
 MAX_RETRIES = 3  # Ray's own default is without end
-Progress = Callable[["LabelReport"], None]
-
-
-@dataclass
-class LabelReport:
-    """What one labelling did: examples counted once per view, seconds summed over workers."""
-
-    planned: int = 0
-    present: int = 0
-    elsewhere: int = 0  # labelled by other drivers meanwhile
-    other_drivers: int = 0
-    labelled: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    wall_s: float = 0.0
-    decode_s: float = 0.0
-    teach_s: Counter[str] = field(default_factory=Counter)
-    fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
-    statistics: dict[str, Statistics] = field(default_factory=dict)
-
-    @property
-    def done(self) -> int:
-        return self.labelled + self.rejected.total() + self.elsewhere
-
-    def add(self, stats: Mapping[str, Any]) -> None:
-        """Count one chunk."""
-        self.labelled += stats["labelled"]
-        self.elsewhere += stats["elsewhere"]
-        self.rejected.update(stats["rejected"])
-        self.decode_s += stats["decode_s"]
-        self.teach_s.update(stats["teach_s"])
-        for name, measured in stats["fidelity"].items():
-            self.fidelity[name] = _worst(self.fidelity.get(name, measured), measured)
-        for name, told in stats["statistics"].items():
-            self.statistics[name] = pooled(self.statistics[name], told) if name in self.statistics else told
+Progress = Callable[[LabelReport], None]
 
 
 def label(run: Run, chunks: Sequence[Chunk], progress: Progress, retry: Retry | None = None) -> LabelReport:
@@ -127,7 +95,9 @@ def _perform(run: Run, job: Job, report: LabelReport, progress: Progress) -> Lab
             cluster.worker_errors(),
         ):
             report.other_drivers = others
-            for stats in _execute(replace(job, items=leases.in_turn(job.items, others)), run.compute):
+            asked = _free(job, run.compute)
+            report.pools = {stages.DECODE: _decode_workers(asked)} | dict.fromkeys(job.teachers, asked.teacher_actors)
+            for stats in _execute(replace(job, items=leases.in_turn(job.items, others)), asked):
                 report.add(stats)
                 report.wall_s = time.monotonic() - started_s
                 progress(report)
@@ -180,14 +150,22 @@ def _job(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec], teachers: Mapp
     return Job(plan, views, how, run.store, run.recipe.teachers, specs, column, items, run.data.views.count)
 
 
-def _execute(job: Job, compute: Compute) -> Iterator[dict[str, Any]]:
+def _free(job: Job, compute: Compute) -> Resources:
+    """What the job asks for, once it is free."""
+    asked = resources.requested(compute, len(job.teachers), beside_training=job.link is not None)
+    resources.wait_until_free(asked, len(job.teachers))
+    return asked
+
+
+def _decode_workers(asked: Resources) -> int:
+    return asked.decode_workers or int(ray.cluster_resources()["CPU"])
+
+
+def _execute(job: Job, asked: Resources) -> Iterator[dict[str, Any]]:
     """The labelling execution; yields the statistics of each chunk as it is committed."""
-    aliases = list(job.teachers)
-    asked = cluster.resources(compute, len(aliases), beside_training=job.link is not None)
-    cluster.wait_until_free(asked, len(aliases))
-    workers = asked.decode_workers or int(ray.cluster_resources()["CPU"])
+    workers = _decode_workers(asked)
     frame_bytes = sum(s.num_frames * s.size_px**2 * 3 for s in job.decoding.samplings) * job.plan.chunk_size
-    cluster.labelling_context(frame_bytes * 4 * (workers + asked.teacher_actors * len(aliases)))
+    cluster.labelling_context(frame_bytes * 4 * (workers + asked.teacher_actors * len(job.teachers)))
     with warnings.catch_warnings():
         # 2.60 knows bounds on retries only as `ray_remote_args`, which it calls deprecated, and retries without end by default
         warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -196,7 +174,7 @@ def _execute(job: Job, compute: Compute) -> Iterator[dict[str, Any]]:
         yield from (json.loads(text) for text in batch[STATS])
 
 
-def _dataset(job: Job, asked: cluster.Resources) -> Dataset:
+def _dataset(job: Job, asked: Resources) -> Dataset:
     """items -> decode -> one pool of actors a teacher; not yet started."""
     shared = ray.put(job)
     num_items = len(job.items)
@@ -268,12 +246,6 @@ class _TeachStage:
         if isinstance(self.teach, VkdError):
             raise self.teach
         return self.teach(batch)
-
-
-def _worst(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-    """The worse of two fidelities, figure by figure: the lower cosine and PSNR, the larger error."""
-    lower_is_worse = ("cosine", "psnr")
-    return {k: (min if k.startswith(lower_is_worse) else max)(a[k], b[k]) for k in a.keys() & b.keys()}
 
 
 def _check_rejects(report: LabelReport, max_fraction: float) -> None:

@@ -6,9 +6,9 @@ import json
 from contextlib import nullcontext
 from typing import Any, Protocol
 
-from vkd import cluster, evaluation, labelling, manifest, planning, training
+from vkd import claim, cluster, evaluation, labelling, manifest, planning, training
 from vkd.errors import ConfigError
-from vkd.labelling import LabelReport
+from vkd.label_report import LabelReport
 from vkd.loop import RoundReport
 from vkd.manifest import BuildOptions
 from vkd.planning import Plan
@@ -65,7 +65,7 @@ def evaluate(run: Run, watch: Watcher, student: str | None = None) -> dict[str, 
 def run_all(run: Run, watch: Watcher) -> tuple[LabelReport | None, TrainReport, dict[str, Any] | None]:
     """Label, distill (at once, unless labels are `stored`) and, when clips are held out, evaluate: each does only what is left to do."""
     held_out = run.data.split.by != "none"
-    training.claim_output(run)  # an output of another run is told now, not after hours of labelling
+    claim.claim_output(run)  # an output of another run is told now, not after hours of labelling
     with cluster.session(run.compute) if run.compute.student.max_workers else nullcontext():  # else Ray ends with the labels
         labelled = label(run, watch) if run.labels.mode == "stored" else None
         trained = distill(run, watch)

@@ -26,6 +26,7 @@ from vkd.video.settings import Settings
 from vkd.window import Key, Link
 
 ITEM, REJECT, STATS = "item", "reject", "stats"
+DECODE = "decode"
 KEPT = Reject("retry", "kept", "not rejected before: stays as it is", permanent=True)  # marks a row, is never committed
 
 
@@ -61,7 +62,7 @@ def decode(job: Job, batch: Columns) -> Columns:
     item = job.items[number]
     if job.link is not None:
         job.link.wait_for_turn(item.round)
-    started_s = time.process_time()
+    started_s, clock_s = time.process_time(), time.monotonic()
     lacks = still_lacking(job, item)
     wanted = [schema.EXAMPLE_ID, schema.VIDEO_ID, schema.URI, schema.START_S, schema.END_S]
     examples = job.plan.examples(item.chunk).select(wanted).to_pylist()
@@ -74,7 +75,8 @@ def decode(job: Job, batch: Columns) -> Columns:
         kept = {FRAMES_ALIAS: columns[job.column[FRAMES_ALIAS]]}
         commit(job, LabelSet.open(job.store, job.specs[FRAMES_ALIAS]), item, ChunkRows(ids, rejects, kept))
     decode_s = time.process_time() - started_s + guard.here(job.decoding).cpu_s - before_s
-    stats = {"lacks": lacks, "decode_s": decode_s, "teach_s": {}, "fidelity": {}, "statistics": {}}
+    busy_s = {DECODE: time.monotonic() - clock_s}
+    stats = {"lacks": lacks, "decode_s": decode_s, "teach_s": {}, "busy_s": busy_s, "fidelity": {}, "statistics": {}}
     return columns | {
         ITEM: np.full(len(examples), number),
         REJECT: np.array([json.dumps(asdict(rejects[i])) if i in rejects else "" for i in range(len(examples))]),

@@ -56,7 +56,7 @@ class Teach:
         stats = json.loads(batch[STATS][0])
         rejects = {row: Reject(**json.loads(text)) for row, text in enumerate(batch[REJECT].tolist()) if text}
         if self.alias in stats["lacks"]:
-            started_s = time.process_time()
+            started_s, clock_s = time.process_time(), time.monotonic()
             ids = self.job.plan.examples(item.chunk)[schema.EXAMPLE_ID].to_pylist()
             frames = batch[self.job.column[self.alias]]
             labels, rejects = self._labels(frames, rejects, item.chunk)
@@ -64,6 +64,7 @@ class Teach:
             told = self._describe(frames[good], {name: rows[good] for name, rows in labels.items()})
             commit(self.job, self.set, item, ChunkRows(ids, rejects, labels))
             stats["teach_s"][self.alias] = time.process_time() - started_s
+            stats["busy_s"][self.alias] = time.monotonic() - clock_s
             stats |= {name: stats[name] | measured for name, measured in told.items()}
         if not self.last:
             return batch | {STATS: np.array([json.dumps(stats)] * len(batch[ITEM]))}

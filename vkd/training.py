@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Set
+import time
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,18 +15,19 @@ from typing import Any
 
 import ray.train
 import torch
-import yaml
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from torch.utils.tensorboard import SummaryWriter
 
-from vkd import checkpoint, cluster, gather, heartbeat, planning, teacher_use
+from vkd import checkpoint, claim, cluster, gather, heartbeat, planning, teacher_use
 from vkd import run as run_files
-from vkd.beside import labelling_beside
+from vkd.beside import Beside, labelling_beside
 from vkd.checkpoint import Position, Saver
+from vkd.efficiency import STUDENT, Efficiency, Stage
 from vkd.errors import ConfigError, LabellingEnded
 from vkd.feeding import Feeder, open_sets
-from vkd.labelling import LabelReport, Progress
+from vkd.label_report import LabelReport
+from vkd.labelling import Progress
 from vkd.loop import Loop, RoundReport, as_metrics
 from vkd.planning import Plan
 from vkd.rounds import Round, rounds_from
@@ -38,12 +40,7 @@ from vkd.window import Awaited, Link
 
 OnRound = Callable[[RoundReport], None]
 MAX_FAILURES = 3
-DECIDES = ("data", "labels", "recipe", "train", "checkpoint")  # sections that decide the weights; compute does not
-DECIDES_NOT = {  # less these
-    "data": {"allow", "max_reject_fraction", "max_inline_bytes", "max_requests_per_s"},
-    "labels": {"mode", "lead_rounds", "window_bytes"},
-    "train": {"check_every_steps"},
-}
+STUDENT_TIME = "student_time.json"  # in the output: what rank 0 of the newest start spent
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,7 @@ class TrainReport:
     num_steps: int
     num_examples: int
     labels: LabelReport | None = None  # of what was labelled beside
+    efficiency: Efficiency | None = None
 
 
 def student_folder(run: Run) -> str:
@@ -68,10 +66,12 @@ def train(run: Run, on_round: OnRound, on_labels: Progress = lambda _: None) -> 
 
     Goes on from the newest checkpoint; does nothing when it is finished.
     """
-    claim_output(run)
+    claim.claim_output(run)
     folder = student_folder(run)
     if files.exists(files.join(folder, checkpoint.CONFIG)):
         done = json.loads(files.read(files.join(folder, checkpoint.CONFIG)))["trained"]
+        with labelling_beside(run, (run.train.epochs, 0), on_labels):
+            pass  # what a start that was killed right after training left to label
         return TrainReport(folder, True, done["step"], done["step"], done["num_examples"])
     found = checkpoint.newest(run.output)
     start = checkpoint.position(found) if found else Position()
@@ -86,7 +86,18 @@ def train(run: Run, on_round: OnRound, on_labels: Progress = lambda _: None) -> 
                 _fit_group(run, attempt, link)
     done = json.loads(files.read(files.join(folder, checkpoint.CONFIG)))["trained"]
     labels = beside.report if beside is not None else None
-    return TrainReport(folder, False, start.step, done["step"], done["num_examples"], labels)
+    return TrainReport(folder, False, start.step, done["step"], done["num_examples"], labels, _efficiency(run, beside))
+
+
+def _efficiency(run: Run, beside: Beside | None) -> Efficiency:
+    """Of this start: what rank 0 noted of itself, and what the labelling beside it told."""
+    told = files.read_json(files.join(run.output, STUDENT_TIME), ("elapsed_s", "wait_s", "cpu_s", "num_examples", "world_size"))
+    elapsed_s, wait_s, world_size = told["elapsed_s"], told["wait_s"], told["world_size"]
+    stages = {STUDENT: Stage(world_size, (elapsed_s - wait_s) * world_size, told["cpu_s"] * world_size)}
+    if beside is None:
+        return Efficiency(stages, elapsed_s, wait_s, told["num_examples"], os.cpu_count() or 1)
+    given = elapsed_s, wait_s, told["num_examples"], beside.num_cores, beside.handed_over_bytes, beside.spilled_bytes
+    return Efficiency(beside.report.stages() | stages, *given)
 
 
 def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = None, beat: Callable[[], None] = lambda: None) -> None:
@@ -117,7 +128,11 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
             use.save(run.output)
             on_round(report)
 
+        started_s, started_cpu_s, before = time.monotonic(), time.process_time(), position
         position = loop.fit(feeder, run.checkpoint.every_examples, position, after_round)
+    told = {"elapsed_s": time.monotonic() - started_s, "wait_s": feeder.wait_s, "cpu_s": time.process_time() - started_cpu_s}
+    told |= {"num_examples": position.num_examples - before.num_examples, "world_size": world_size}
+    files.put(files.join(run.output, STUDENT_TIME), json.dumps(told).encode())
     _export(run, loop, {label_set.spec.name for label_set in sets.values()}, position, student_folder(run))
 
 
@@ -191,32 +206,6 @@ def _export(run: Run, loop: Loop, label_sets: Collection[str], position: Positio
     trained = {"step": position.step, "num_examples": position.num_examples}
     extra = {"trained": trained, "label_sets": sorted(label_sets)}
     checkpoint.export(loop.distiller.student, run.recipe.student, folder, extra)
-
-
-def claim_output(run: Run) -> None:
-    """Save the resolved run with its results. Raises ConfigError, naming the key, when the output holds a run that differs."""
-    place, resolved = files.join(run.output, "run.yaml"), run_files.dump(run)
-    if files.exists(place):
-        before, now = yaml.safe_load(files.read(place)), yaml.safe_load(resolved)
-        for section in DECIDES:
-            there, here = (_less(tree.get(section), DECIDES_NOT.get(section, set())) for tree in (before, now))
-            if difference := _difference(there, here, section):
-                raise ConfigError(
-                    f"holds a run with another {difference}", where=run.output, action="name another output, or delete this one"
-                )
-    files.put(place, resolved.encode())
-
-
-def _less(section: Any, keys: Set[str]) -> Any:
-    return {k: v for k, v in section.items() if k not in keys} if isinstance(section, Mapping) else section
-
-
-def _difference(before: Any, now: Any, path: str) -> str | None:
-    """The first key that differs, with both values."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        found = (_difference(before.get(key), now.get(key), f"{path}.{key}") for key in sorted({*before, *now}))
-        return next(filter(None, found), None)
-    return None if before == now else f"{path}: {before!r} there, {now!r} here"
 
 
 def _fit_group(run: Run, attempt: str, link: Link | None) -> None:

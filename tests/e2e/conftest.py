@@ -20,7 +20,7 @@ import pytest
 from vkd.run import Run
 
 if TYPE_CHECKING:
-    from vkd.labelling import LabelReport
+    from vkd.label_report import LabelReport
 
 TINY, WIDE = "carphone_pristine.mp4", "bikes.mp4"
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from vkd import cli
-from vkd.labelling import LabelReport
+from vkd.label_report import LabelReport
 
 VERBS = ("manifest", "label", "distill", "evaluate", "run", "status", "verify", "export")
 USER, STORAGE, INTERRUPT = 2, 3, 130

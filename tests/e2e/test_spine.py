@@ -17,7 +17,7 @@ import torch
 
 from vkd import labelling, pipeline, planning, stages, verification
 from vkd.checkpoint import load_student
-from vkd.labelling import LabelReport
+from vkd.label_report import LabelReport
 from vkd.manifest import Manifest
 from vkd.planning import Plan
 from vkd.run import Run

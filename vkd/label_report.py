@@ -1,0 +1,62 @@
+"""What a labelling did, added up chunk by chunk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vkd import stages
+from vkd.efficiency import Stage
+from vkd.metrics.label_statistics import Statistics, pooled
+
+
+@dataclass
+class LabelReport:
+    """What one labelling did: examples counted once per view, seconds summed over workers.
+
+    `decode_s` and `teach_s` are CPU seconds, `busy_s` those of the clock, by stage; `pools` says how many workers each has.
+    """
+
+    planned: int = 0
+    present: int = 0
+    elsewhere: int = 0  # labelled by other drivers meanwhile
+    other_drivers: int = 0
+    labelled: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    wall_s: float = 0.0
+    decode_s: float = 0.0
+    teach_s: Counter[str] = field(default_factory=Counter)
+    busy_s: Counter[str] = field(default_factory=Counter)
+    pools: dict[str, int] = field(default_factory=dict)
+    fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        return self.labelled + self.rejected.total() + self.elsewhere
+
+    def stages(self) -> dict[str, Stage]:
+        """How much each pool worked."""
+        cpu_s = {stages.DECODE: self.decode_s, **self.teach_s}
+        return {name: Stage(num_workers, self.busy_s[name], cpu_s.get(name, 0.0)) for name, num_workers in self.pools.items()}
+
+    def add(self, stats: Mapping[str, Any]) -> None:
+        """Count one chunk."""
+        self.labelled += stats["labelled"]
+        self.elsewhere += stats["elsewhere"]
+        self.rejected.update(stats["rejected"])
+        self.decode_s += stats["decode_s"]
+        self.teach_s.update(stats["teach_s"])
+        self.busy_s.update(stats["busy_s"])
+        for name, measured in stats["fidelity"].items():
+            self.fidelity[name] = _worst(self.fidelity.get(name, measured), measured)
+        for name, told in stats["statistics"].items():
+            self.statistics[name] = pooled(self.statistics[name], told) if name in self.statistics else told
+
+
+def _worst(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    """The worse of two fidelities, figure by figure: the lower cosine and PSNR, the larger error."""
+    lower_is_worse = ("cosine", "psnr")
+    return {k: (min if k.startswith(lower_is_worse) else max)(a[k], b[k]) for k in a.keys() & b.keys()}
