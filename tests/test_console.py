@@ -7,7 +7,7 @@ import pytest
 from vkd.console import Screen
 from vkd.label_report import LabelReport
 
-CHUNK = {"labelled": 4, "elsewhere": 0, "rejected": {}, "decode_s": 1.0, "teach_s": {"teacher": 1.0}, "fidelity": {}}
+CHUNK = {"labelled": 4, "elsewhere": 0, "rejected": {}, "decode_s": 1.0, "teach_s": {"teacher": 1.0}, "busy_s": {}, "fidelity": {}}
 
 
 def test_what_labels_look_like_is_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:

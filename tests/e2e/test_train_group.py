@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -18,16 +19,23 @@ from vkd.planning import Plan
 TOLERANCE = 2e-4  # of the norm of all weights; 3e-5 was measured, and 1e-5 between one thread and two: Adam enlarges rounding
 
 
+GROUP = ("compute.student.workers=[1, 2]", "compute.student.cpus=0.4", "labels.mode=tee")
+
+
 @pytest.mark.usefixtures("report")
-def test_two_workers_train_what_one_process_trains(tree: harness.Tree, tmp_path: Path) -> None:
+def test_a_group_beside_its_teachers_trains_what_one_process_trains(tree: harness.Tree, tmp_path: Path) -> None:
+    """The group asks for one or two workers and gets two; its labels are made meanwhile."""
     weights = {}
-    for workers in (0, 2):
-        run = harness.parsed(tree, f"output={tmp_path / str(workers)}", f"compute.student.workers={workers}", "train.epochs=3")
+    for name, changes in {"process": (), "group": (*GROUP, f"labels.store={tmp_path / 'labels'}")}.items():
+        run = harness.parsed(tree, f"output={tmp_path / name}", "train.epochs=3", *changes)
         trained = pipeline.distill(run, Mock())
         assert trained.num_examples == run.train.epochs * sum(len(rows) for rows in Plan.of(run).rows("train"))
         assert trained.num_steps > run.train.epochs
-        weights[workers] = torch.cat([tensor.flatten() for tensor in load_student(trained.student).state_dict().values()])
-    assert (weights[2] - weights[0]).norm() < TOLERANCE * weights[0].norm()
+        assert (trained.labels is not None) == (name == "group")
+        weights[name] = torch.cat([tensor.flatten() for tensor in load_student(trained.student).state_dict().values()])
+    told = json.loads((tmp_path / "group" / training.STUDENT_TIME).read_text())
+    assert told["world_size"] == 2
+    assert (weights["group"] - weights["process"]).norm() < TOLERANCE * weights["process"].norm()
 
 
 @pytest.mark.slow
