@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,15 @@ NUM_VALUES = 16
 
 
 class SleepingTeacher(Teacher):
-    """Sleeps for `s_per_call`, a call being a chunk, and emits mean colours of a few places, which differ between clips."""
+    """Sleeps for `s_per_call`, a call being a chunk, and emits mean colours of a few places, which differ between clips.
+
+    Notes each call in a file of its own process in the folder `notes`: when it began and when it ended, in seconds since 1970.
+    """
 
     version = 1
 
-    def __init__(self, s_per_call: float = 2.0, num_frames: int = 2, size_px: int = 32) -> None:
-        self.s_per_call, self.sampling = s_per_call, Sampling(num_frames=num_frames, size_px=size_px)
+    def __init__(self, s_per_call: float = 2.0, notes: str | None = None, num_frames: int = 2, size_px: int = 32) -> None:
+        self.s_per_call, self.notes, self.sampling = s_per_call, notes, Sampling(num_frames=num_frames, size_px=size_px)
 
     @property
     def emits(self) -> Mapping[str, TensorType]:
@@ -42,6 +47,10 @@ class SleepingTeacher(Teacher):
     def __call__(self, batch: Columns) -> Columns:
         frames = batch[FRAMES]
         if not np.array_equal(frames, self.probe_batch()[FRAMES]):
+            began_s = time.time()
             time.sleep(self.s_per_call)
+            if self.notes is not None:
+                with Path(self.notes, str(os.getpid())).open("a") as file:
+                    file.write(f"{began_s} {time.time()}\n")
         places = torch.from_numpy(frames.reshape(len(frames), NUM_VALUES, -1).astype(np.float32))
         return batch | {"embedding": places.mean(dim=2).numpy()}

@@ -1,0 +1,189 @@
+"""How labelling scales: many nodes and teachers on this machine, and manifests of up to a million examples.
+
+    python bench/scale.py --json
+
+Nodes are real raylets on this machine; teachers sleep for 2 s a chunk instead of computing, so that one machine can hold many.
+`utilisation` is their sleep over their time from the moment the last actor began its first chunk until the last chunk began;
+before it lies the ramp, which is printed apart. Planning, listing and finding what lacks are measured on synthetic manifests, each
+size in a process of its own: seconds and peak memory an example.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from measure import arguments, corpus, finish
+from ray.cluster_utils import Cluster
+
+from vkd import labelling, manifest, planning, schema, worklist
+from vkd import run as run_files
+from vkd.manifest import BuildOptions, build
+from vkd.planning import Plan
+from vkd.run import Run
+from vkd.store import files, layout
+from vkd.store.labelset import LabelSet
+
+SIZES = (10_000, 100_000, 1_000_000)
+GRID = ((1, 1), (2, 8), (4, 16), (8, 32))  # nodes, teachers
+SLEEP_S, CHUNKS_EACH = 2.0, 12
+CPUS_OF_NODE, TEACHER_CPUS = 4, 0.1
+LABELLED = 0.9  # of the chunks of a synthetic manifest
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", size=0, folder="", clips="weizmann", most=32)
+    if options.size:
+        print(json.dumps(planned(Path(options.folder), options.size)))
+        return
+    folder = Path(tempfile.mkdtemp(prefix="vkd-bench-"))
+    try:
+        found = {f"{size} examples": alone(folder / str(size), size) for size in SIZES}
+        times = [found[f"{size} examples"]["s_per_1000_examples"] for size in SIZES]
+        grid = {f"{n} nodes, {t} teachers": scaled(folder / f"grid{t}", n, t, options.clips) for n, t in GRID if t <= options.most}
+        lowest = min(each["utilisation"] for each in grid.values())
+        finish(found | grid | {"planning_time_ratio_an_example": times[-1] / times[0], "utilisation": lowest}, options.json)
+    finally:
+        shutil.rmtree(folder)
+
+
+def scaled(folder: Path, num_nodes: int, num_teachers: int, clips: str) -> dict[str, float]:
+    """Label with so many nodes and teachers."""
+    notes = folder / "notes"
+    notes.mkdir(parents=True)
+    build(str(corpus() / clips), str(folder / "manifest"), BuildOptions(chunk_size=1))
+    run, started_s = _run(folder, num_teachers, str(corpus())), time.time()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(num_nodes):
+            cluster.add_node(num_cpus=CPUS_OF_NODE)
+        run = run_files.parse(run.model_dump(mode="json"), [f"compute.address={cluster.address}"])
+        ready_s = time.time()
+        labelling.label(run, Plan.of(run).chunks[: num_teachers * CHUNKS_EACH], lambda report: None)
+    finally:
+        cluster.shutdown()
+    return {"cluster_start_s": ready_s - started_s} | utilisation(notes, num_teachers, ready_s)
+
+
+def utilisation(notes: Path, num_teachers: int, ready_s: float) -> dict[str, float]:
+    """The share of their time that teachers slept between the first call of the last actor and the beginning of the last call."""
+    calls = {file.name: np.loadtxt(file, ndmin=2) for file in notes.iterdir()}
+    assert len(calls) == num_teachers, f"{len(calls)} of {num_teachers} teachers worked"
+    from_s = max(each[:, 0].min() for each in calls.values())
+    to_s = max(each[:, 0].max() for each in calls.values())
+    inside = sum(np.clip(np.minimum(each[:, 1], to_s) - np.maximum(each[:, 0], from_s), 0, None).sum() for each in calls.values())
+    first_s = min(each[:, 0].min() for each in calls.values())
+    return {
+        "first_chunk_after_s": first_s - ready_s,
+        "ramp_s": from_s - first_s,
+        "steady_s": to_s - from_s,
+        "utilisation": float(inside / (num_teachers * (to_s - from_s))),
+    }
+
+
+def alone(folder: Path, size: int) -> dict[str, float]:
+    """The figures of one size, from a process of its own."""
+    words = [sys.executable, __file__, "--size", str(size), "--folder", str(folder)]
+    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    found: dict[str, float] = json.loads(said.splitlines()[-1])
+    print(size, found, flush=True)
+    return found
+
+
+def planned(folder: Path, size: int) -> dict[str, float]:
+    """Plan a synthetic manifest and find what its store lacks."""
+    make_manifest(folder / "manifest", size)
+    run = _run(folder, 1, "/nowhere")
+    plan = Plan.of(run)
+    specs = planning.label_specs(run, planning.build_teachers(run.recipe.teachers))
+    lacking = make_store(run, plan, {alias: spec.name for alias, spec in specs.items()})
+    planning._shard_examples.cache_clear()
+    before_bytes, started_s = _peak_bytes(), time.monotonic()
+    plan = Plan.of(run)
+    planned_s = time.monotonic() - started_s
+    items = worklist.missing_items(run.store, [0], specs, plan.chunks)
+    listed_s = time.monotonic() - started_s - planned_s
+    ordered = worklist.training_items(run, plan, specs)
+    ordered_s = time.monotonic() - started_s - planned_s - listed_s
+    assert len(items) == len(ordered) == lacking, (len(items), len(ordered), lacking)
+    return {
+        "plan_s": planned_s,
+        "list_s": listed_s,
+        "training_order_s": ordered_s,
+        "s_per_1000_examples": (planned_s + listed_s + ordered_s) / size * 1000,
+        "peak_bytes_an_example": (_peak_bytes() - before_bytes) / size,
+    }
+
+
+def make_manifest(folder: Path, size: int) -> None:
+    """Shards as a build writes them, of videos that are nowhere."""
+    index = manifest._Index(chunk_size=64, probe="none", hash=False, sources=["/nowhere"])
+    rows_of_shard = BuildOptions().shard_rows
+    for start in range(0, size, rows_of_shard):
+        numbers = range(start, min(size, start + rows_of_shard))
+        table = pa.table(
+            {
+                schema.VIDEO_ID: [schema.digest(str(n)) for n in numbers],
+                schema.URI: [f"/nowhere/{n:09d}.mp4" for n in numbers],
+                schema.DURATION_S: pa.array([10.0] * len(numbers)),
+            }
+        )
+        index.columns = table.column_names
+        index.shards.append(manifest._Shard(name=manifest._write(str(folder), "shards", table), rows=table.num_rows))
+    files.put(f"{folder}/manifest.json", index.model_dump_json().encode())
+
+
+def make_store(run: Run, plan: Plan, names: dict[str, str]) -> int:
+    """Files of most chunks, by name only: nothing that is measured opens them. How many chunks lack."""
+    there = plan.chunks[: int(LABELLED * len(plan.chunks))]
+    teachers = planning.build_teachers(run.recipe.teachers)
+    for alias, spec in planning.label_specs(run, teachers).items():
+        uri = f"{run.store}/{names[alias]}"
+        LabelSet.create(run.store, spec, {}, {}, {})
+        for chunk in there:
+            folder = Path(layout.folder_of(uri, 0, chunk.shard))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / layout.chunk_name(chunk.index, 0)).touch()
+    return len(plan.chunks) - len(there)
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _run(folder: Path, num_teachers: int, source: str) -> Run:
+    notes, seconds = str(folder / "notes"), SLEEP_S
+    tree = {
+        "name": "scale",
+        "output": str(folder / "out"),
+        "data": {"manifest": str(folder / "manifest"), "allow": [source]},
+        "labels": {"store": str(folder / "labels")},
+        "recipe": {
+            "name": "kd",
+            "teacher": {"name": "sleeping_teacher:SleepingTeacher", "s_per_call": seconds, "notes": notes},
+            "student": {"name": "shift_cnn", "num_frames": 2, "size_px": 32},
+            "weights": {"kl": 0.0},
+        },
+        "compute": {
+            "profile": "laptop",
+            "decode": {"workers": 2, "cpus": 0.5},
+            "teacher": {"actors": num_teachers, "cpus": TEACHER_CPUS},
+        },
+    }
+    if source != "/nowhere":
+        tree["data"] |= {"clips": {"plan": "windows", "length_s": 0.5, "stride_s": 0.02}}  # type: ignore[operator]
+    return run_files.parse(tree)
+
+
+if __name__ == "__main__":
+    main()
