@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.train import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vkd import cluster, labelling
+from vkd import checkpoint, cluster, labelling
 from vkd import run as run_files
 from vkd.errors import VkdError
 from vkd.label_report import LabelReport
@@ -70,6 +70,10 @@ class _Labeller:
         """Label what training lacks."""
         cluster.quieten()
         link = RemoteLink(ray.get_runtime_context().current_actor)
+        newest = checkpoint.newest(self.run.output)
+        if newest is not None:  # training may have got on since the driver started
+            position = checkpoint.position(newest)
+            self.start = max(self.start, (position.epoch, position.round))
         try:
             return labelling.label_for_training(self.run, self.start, link, self._note)
         finally:

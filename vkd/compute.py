@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
@@ -69,10 +70,14 @@ class StudentGroup(Part):
 
 
 class Compute(Part):
-    """How much: `laptop` shares the cores of one machine, `cluster` asks for whole CPUs and GPUs; auto looks for GPUs."""
+    """How much: `laptop` shares the cores of one machine, `cluster` asks for whole CPUs and GPUs; auto looks for GPUs.
+
+    `teacher` is about every teacher of the recipe but those that `teachers` names.
+    """
 
     profile: Literal["auto", "laptop", "cluster"] = "auto"
     address: str | None = None
     decode: Decode = Decode()
     teacher: TeacherPool = TeacherPool()
+    teachers: Mapping[str, TeacherPool] = {}
     student: StudentGroup = StudentGroup()

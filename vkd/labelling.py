@@ -68,7 +68,11 @@ def label_for_training(run: Run, start: tuple[int, int], link: Link, progress: P
         for label_set in filter(None, (LabelSet.find(run.store, spec) for spec in specs.values())):
             housekeeping.drop_others(label_set, left)
     items = worklist.training_items(run, plan, specs, start)
-    report = LabelReport(planned=sum(plan.examples(item.chunk).num_rows for item in items))
+    num_lacking = sum(worklist.num_rows(plan, item) for item in items)
+    report = LabelReport(planned=num_lacking if run.labels.mode == "live" else plan.num_examples * run.data.views.count)
+    report.present = report.planned - num_lacking
+    if items:
+        link.trained(items[0].round - 1)
     return _perform(run, replace(_job(run, plan, specs, teachers, items), link=link), report, progress)
 
 
@@ -96,7 +100,7 @@ def _perform(run: Run, job: Job, report: LabelReport, progress: Progress) -> Lab
         ):
             report.other_drivers = others
             asked = _free(job, run.compute)
-            report.pools = {stages.DECODE: _decode_workers(asked)} | dict.fromkeys(job.teachers, asked.teacher_actors)
+            report.pools = asked.num_workers
             for stats in _execute(replace(job, items=leases.in_turn(job.items, others)), asked):
                 report.add(stats)
                 report.wall_s = time.monotonic() - started_s
@@ -152,24 +156,20 @@ def _job(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec], teachers: Mapp
 
 def _free(job: Job, compute: Compute) -> Resources:
     """What the job asks for, once it is free."""
-    asked = resources.requested(compute, len(job.teachers), beside_training=job.link is not None)
-    resources.wait_until_free(asked, len(job.teachers))
+    asked = resources.requested(compute, list(job.teachers), beside_training=job.link is not None)
+    resources.wait_until_free(asked)
     return asked
-
-
-def _decode_workers(asked: Resources) -> int:
-    return asked.decode_workers or int(ray.cluster_resources()["CPU"])
 
 
 def _execute(job: Job, asked: Resources) -> Iterator[dict[str, Any]]:
     """The labelling execution; yields the statistics of each chunk as it is committed."""
-    workers = _decode_workers(asked)
+    num_workers = asked.num_workers
     frame_bytes = sum(s.num_frames * s.size_px**2 * 3 for s in job.decoding.samplings) * job.plan.chunk_size
-    cluster.labelling_context(frame_bytes * 4 * (workers + asked.teacher_actors * len(job.teachers)))
+    cluster.labelling_context(frame_bytes * 4 * sum(num_workers.values()))
     with warnings.catch_warnings():
         # 2.60 knows bounds on retries only as `ray_remote_args`, which it calls deprecated, and retries without end by default
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        dataset = _dataset(replace(job, decoding=job.decoding.share(workers)), asked)
+        dataset = _dataset(replace(job, decoding=job.decoding.share(num_workers[stages.DECODE])), asked)
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         yield from (json.loads(text) for text in batch[STATS])
 
@@ -189,14 +189,14 @@ def _dataset(job: Job, asked: Resources) -> Dataset:
         max_retries=MAX_RETRIES,
     )
     *_, last = job.teachers
-    for alias in job.teachers:
+    for alias, pool in asked.pools.items():
         dataset = dataset.map_batches(
             _TeachStage,
-            fn_constructor_args=(shared, alias, asked.teacher_threads, alias == last),
+            fn_constructor_args=(shared, alias, pool.threads, alias == last),
             batch_size=None,
-            compute=ActorPoolStrategy(size=asked.teacher_actors),
-            num_cpus=asked.teacher_cpus,
-            num_gpus=asked.teacher_gpus,
+            compute=ActorPoolStrategy(size=pool.actors),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
             max_restarts=MAX_RETRIES,
             max_task_retries=MAX_RETRIES,
         )

@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
-from vkd.errors import LabellingEnded
+from vkd.errors import LabellingEnded, LabelsMissing
 from vkd.rounds import Chunk
 from vkd.store import chunkfile
 from vkd.store.labelset import LabelSet, LabelSetSpec
@@ -107,6 +108,7 @@ class Awaited:
 
     def __init__(self, store: str, spec: LabelSetSpec, link: Link) -> None:
         self.store, self.spec, self.link = store, spec, link
+        self._set: LabelSet | None = None
         self.stopped = threading.Event()  # by who no longer wants what it asked for
 
     def read(self, view: int, chunk: Chunk) -> pa.Table:
@@ -118,11 +120,17 @@ class Awaited:
                 return chunkfile.parse(data, chunk.index, f"{self.spec.name}, chunk {chunk.index} of shard {chunk.shard}")
             if taken.committed or taken.ended or time.monotonic() - looked_s > LOOK_S:
                 looked_s = time.monotonic()
-                found = LabelSet.find(self.store, self.spec)
-                if found is not None and not found.missing(view, [chunk]):
-                    return found.read(view, chunk)
+                table = self._stored(view, chunk)
+                if table is not None:
+                    return table
             if taken.ended:
                 break
             time.sleep(POLL_S)
         what = f"labelling ended without chunk {chunk.index} of shard {chunk.shard}, view {view}"
         raise LabellingEnded(what, where=self.spec.name, action="run the same command again")
+
+    def _stored(self, view: int, chunk: Chunk) -> pa.Table | None:
+        self._set = self._set or LabelSet.find(self.store, self.spec)
+        with suppress(LabelsMissing):
+            return self._set and self._set.read(view, chunk)
+        return None
