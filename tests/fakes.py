@@ -6,15 +6,21 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+from vkd import models
 from vkd.clips import Sampling
-from vkd.schema import FRAMES, Columns, TensorType
+from vkd.losses import distillation
+from vkd.models import ModelSpec
+from vkd.recipes.base import Batch, Distiller, Emits, Losses, Recipe
+from vkd.schema import FRAMES, WEIGHT, Columns, TensorType
 from vkd.schema import digest as digest_of
+from vkd.students import STUDENTS
+from vkd.students.base import Student
 from vkd.teachers.base import Teacher
 
 NUM_CLASSES, NUM_DIMS, GRID = 5, 8, 4
@@ -154,3 +160,31 @@ class Dies(TinyTeacher):
             (self.folder / str(deaths)).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().labels(frames)
+
+
+class TwoTeachers(Recipe):
+    """A student that learns the embeddings of two teachers; it has a head for the first one's."""
+
+    name: Literal["fakes:TwoTeachers"]
+    first: ModelSpec
+    second: ModelSpec
+
+    @property
+    def teachers(self) -> Mapping[str, ModelSpec]:
+        return {"first": self.first, "second": self.second}
+
+    def distiller(self, emits: Emits, num_classes: int) -> Distiller:
+        heads = {"embedding": emits["first"]["embedding"].num_values}
+        return TwoTeachersDistiller(models.build(self.student, STUDENTS, "student", heads=heads))
+
+
+class TwoTeachersDistiller(Distiller):
+    """The mean square of what the student says less what both teachers say together."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, batch: Batch) -> Losses:
+        taught = batch["first.embedding"] + batch["second.embedding"]
+        return {"both": distillation.mse(self.student(batch[FRAMES])["embedding"], taught, batch[WEIGHT])}
