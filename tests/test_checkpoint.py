@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vkd import checkpoint, models
-from vkd.checkpoint import CONFIG, DONE, OPTIMIZER, STATE, WEIGHTS, Position
+from vkd.checkpoint import CONFIG, DONE, OPTIMIZER, STATE, WEIGHTS, Position, Saver
 from vkd.errors import ConfigError, StorageError
 from vkd.models import ModelSpec
 from vkd.store import files
@@ -135,6 +135,31 @@ def test_prune_keeps_the_newest_and_what_is_not_done(tmp_path: Path) -> None:
     assert [folder for folder in [*old, *kept, running] if files.exists(folder)] == [*kept, running]
     checkpoint.prune(str(tmp_path), 5)
     assert files.exists(kept[0])
+
+
+def test_the_best_is_kept_too(tmp_path: Path) -> None:
+    student = student_of(0)
+    for step, loss in enumerate([3.0, 1.0, 1.0, 2.0, 2.5]):
+        contents = checkpoint.snapshot(Position(step=step), student, optimizer_of(student), loss)
+        checkpoint.save(str(tmp_path / "attempts" / "a"), step, contents)
+    checkpoint.prune(str(tmp_path), 1)
+    assert sorted(path.name for path in (tmp_path / "attempts" / "a").iterdir()) == ["step-000000002", "step-000000004"]
+    found = checkpoint.best(str(tmp_path))
+    assert found is not None and found.endswith("step-000000002")
+
+
+def test_saving_beside_training_tells_what_went_wrong(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise StorageError("the disk is full")
+
+    done, saver = list[int](), Saver()
+    saver.submit(lambda: done.append(1))
+    saver.flush()
+    saver.submit(fail)
+    with pytest.raises(StorageError, match="full"):
+        saver.submit(lambda: done.append(2))
+    assert done == [1]
+    saver.close()
 
 
 def test_prune_takes_the_mark_away_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

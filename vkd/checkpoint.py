@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,11 +68,11 @@ def _finished(output: str) -> list[str]:
     return [folder for _, _, folder in sorted(found)]
 
 
-def snapshot(position: Position, distiller: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
-    """The files of a checkpoint, in the order in which they are written; training may go on meanwhile."""
+def snapshot(position: Position, distiller: nn.Module, optimizer: torch.optim.Optimizer, loss: float | None = None) -> dict[str, bytes]:
+    """The files of a checkpoint, in the order in which they are written; training may go on meanwhile. `loss` is that of its round."""
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
-    state = json.dumps({"format_version": FORMAT_VERSION, "position": asdict(position)}).encode()
+    state = json.dumps({"format_version": FORMAT_VERSION, "position": asdict(position), "loss": loss}).encode()
     return {WEIGHTS: _weights(distiller), OPTIMIZER: buffer.getvalue(), STATE: state, DONE: b""}
 
 
@@ -116,9 +117,25 @@ def restore(folder: str, distiller: nn.Module, optimizer: torch.optim.Optimizer)
     return position(folder)
 
 
+def best(output: str) -> str | None:
+    """The finished checkpoint after the round with the lowest loss, the newest of equals; None before the first."""
+    losses = {folder: _loss(folder) for folder in _finished(output)}
+    return min(reversed(losses), key=lambda folder: losses[folder], default=None)
+
+
+def _loss(folder: str) -> float:
+    with suppress(FileNotFoundError, ValueError, AttributeError, TypeError):  # a damaged one is not the best
+        loss = json.loads(files.read(files.join(folder, STATE))).get("loss")
+        return math.inf if loss is None else float(loss)
+    return math.inf
+
+
 def prune(output: str, keep: int) -> None:
-    """Delete all but the newest `keep` finished checkpoints."""
+    """Delete all finished checkpoints but the newest `keep` and the best."""
+    kept = best(output)
     for folder in _finished(output)[:-keep]:
+        if folder == kept:
+            continue
         files.delete(files.join(folder, DONE))  # first, so that no half-deleted checkpoint is ever read
         files.delete(folder)
 

@@ -221,6 +221,7 @@ def export(
     run: RunFile,
     out: Annotated[str, typer.Argument(help="The folder to write model.safetensors and config.json into.")],
     overrides: Overrides = None,
+    best: Annotated[bool, typer.Option("--best", help="The checkpoint after the round with the lowest loss, not the newest.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write the student of the run's newest checkpoint to a folder, finished or not."""
@@ -228,7 +229,7 @@ def export(
     from vkd.run import load_one
 
     with cli_parts.screen(as_json, run, overrides) as screen:
-        step = training.export_newest(load_one(run, overrides or []), cli_parts.absolute(out))
+        step = training.export_newest(load_one(run, overrides or []), cli_parts.absolute(out), best)
         screen.line(f"{out}: the student after step {step}; load it with vkd.checkpoint.load_student({out!r})")
         cli_parts.finish(as_json, {"student": out, "step": step})
 

@@ -103,7 +103,7 @@ class Train(Part):
 
 
 class Checkpoint(Part):
-    """A round, the distance between two checkpoints, ends once it has this many examples."""
+    """A round, the distance between two checkpoints, ends once it has this many examples. The newest `keep` stay, and the best."""
 
     every_examples: int = Field(default=4096, ge=1)
     keep: int = Field(default=2, ge=1)

@@ -157,7 +157,7 @@ class _Chief:
 
     def after_round(self, report: RoundReport, reached: Position) -> None:
         """A round is trained: its checkpoint is written beside the next round."""
-        contents = checkpoint.snapshot(reached, self.loop.distiller, self.loop.optimizer)
+        contents = checkpoint.snapshot(reached, self.loop.distiller, self.loop.optimizer, sum(report.losses.values()))
         number, round_ = self.rounds[report.epoch, report.round]
         self.saver.submit(partial(self._save, reached.step, contents, round_))
         if self.link is not None:
@@ -174,9 +174,9 @@ class _Chief:
                 housekeeping.drop(uri, self.run.stored_view(round_.epoch), self.feeder.plan.chunks[chunk])
 
 
-def export_newest(run: Run, folder: str) -> int:
-    """Export the student of the newest checkpoint, finished or not; the steps that it was trained."""
-    found = checkpoint.newest(run.output)
+def export_newest(run: Run, folder: str, best: bool = False) -> int:
+    """Export the student of the newest checkpoint (or the one with the lowest loss), finished or not; the steps that it was trained."""
+    found = checkpoint.best(run.output) if best else checkpoint.newest(run.output)
     if found is None:
         raise ConfigError("no checkpoint yet", where=run.output, action="vkd distill RUN first")
     specs = planning.label_specs(run, planning.build_teachers(run.recipe.teachers))
