@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
 import harness
 import pytest
+import ray  # noqa: F401  # brings psutil along
 import torch
 
 from vkd import pipeline, training
 from vkd.checkpoint import load_student
 from vkd.errors import StorageError
 from vkd.planning import Plan
+
+import psutil  # isort: skip
 
 TOLERANCE = 2e-4  # of the norm of all weights; 3e-5 was measured, and 1e-5 between one thread and two: Adam enlarges rounding
 
@@ -48,3 +54,25 @@ def test_what_a_worker_raises_is_raised_here(tree: harness.Tree, tmp_path: Path,
     run = harness.parsed(tree, f"output={tmp_path / 'out'}", f"labels.store={tmp_path / 'labels'}", "compute.student.workers=2")
     with pytest.raises(StorageError, match="corrupt label file"):
         pipeline.distill(run, Mock())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("report")
+def test_a_rank_that_hangs_ends_and_the_group_goes_on(tree: harness.Tree, tmp_path: Path) -> None:
+    """One of two ranks is stopped in the middle: the other one waits for it in a step, and gives up."""
+    changes = ("compute.student.workers=2", "compute.student.stalled_s=8", "train.epochs=40")
+    run, stopped = harness.parsed(tree, f"output={tmp_path / 'out'}", *changes), list[int]()
+
+    def stop_one() -> None:
+        while not list((tmp_path / "out").glob("attempts/*/step-*/DONE")):
+            time.sleep(0.05)
+        ranks = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(p.cmdline())]
+        stopped.append(ranks[0].pid)
+        ranks[0].send_signal(signal.SIGSTOP)
+
+    stopper = threading.Thread(target=stop_one)
+    stopper.start()
+    trained = pipeline.distill(run, Mock())
+    stopper.join()
+    assert stopped and not psutil.pid_exists(stopped[0])
+    assert trained.num_examples == run.train.epochs * sum(len(rows) for rows in Plan.of(run).rows("train"))
