@@ -102,7 +102,7 @@ def measure_train(options: argparse.Namespace) -> dict[str, Any]:
 class InMemory:
     """What the loop asks of a feeder, from batches in host memory, one a chunk; threads copy and pin them ahead, as Feeder's do."""
 
-    rank, unreadable = 0, 0
+    rank, unreadable, left_out = 0, 0, 0
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches, self.wait_s = batches, 0.0

@@ -44,7 +44,7 @@ def test_a_pickled_video_error_keeps_its_kind(permanent: bool) -> None:
 
 
 def test_exit_codes_say_who_must_act() -> None:
-    user = {"ConfigError", "ManifestError", "LabelsMissing", "LabelsMismatch", "TeacherError"}
+    user = {"ConfigError", "ManifestError", "LabelsMissing", "LabellingEnded", "LabelsMismatch", "TeacherError"}
     every: list[type[VkdError]] = [*KINDS, VideoError]
     codes = {kind.__name__: kind.exit_code for kind in every}
     assert codes == dict.fromkeys(user, 2) | {StorageError.__name__: 3, "VkdError": 1, "VideoError": 1}

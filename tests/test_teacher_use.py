@@ -134,7 +134,7 @@ def test_a_healthy_training_gives_no_warning(capfd: pytest.CaptureFixture[str], 
     json.dumps(found, allow_nan=False)
 
 
-@pytest.mark.parametrize(("epochs", "seed"), [*((3, seed) for seed in range(5)), (60, 0), (60, 1)])
+@pytest.mark.parametrize(("epochs", "seed"), [*((3, seed) for seed in range(5)), (60, 0)])
 def test_a_small_run_on_real_clips_gives_no_warning(labelled: Run, epochs: int, seed: int) -> None:
     """15 clips, seen 3 times (which proves nothing, and is not judged) or 60 times."""
     run = small.changed(labelled, f"train.epochs={epochs}", f"train.seed={seed}", "train.check_every_steps=20")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import FrameType
 
 import ray
 from ray._private import internal_api, ray_logging
@@ -30,7 +27,6 @@ from vkd.errors import ConfigError, VkdError
 NO_PROGRESS_TIMEOUT_S = 900
 CONNECT_TIMEOUT_S = 5.0
 NATIVE_STDERR = 2
-INTERRUPTED = threading.Event()
 GAUGES: dict[str, Gauge] = {}
 LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, LocalRayletDiedError)
 SILENT_ACTORS = ("TrainController", "PlacementGroupCleaner", "_Labeller")
@@ -52,11 +48,10 @@ def session(compute: Compute) -> Iterator[None]:
         ) from error
     quieten()
     _hide_silent_actors()
-    INTERRUPTED.clear()
     node = ray._private.worker._global_node
     head, _, port = node.gcs_address.rpartition(":")
     try:
-        with lifeline.watched(node.raylet_socket_name, (head, int(port))), _native_lines_to_log(), _interrupts_noted():
+        with lifeline.watched(node.raylet_socket_name, (head, int(port))), _native_lines_to_log():
             yield
     finally:
         ray.shutdown()
@@ -67,30 +62,6 @@ def _check_answers(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "://" not in address:
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-
-
-def check_interrupt() -> None:
-    """Raise the KeyboardInterrupt of a Ctrl-C that Ray's native code or a finalizer swallowed."""
-    if INTERRUPTED.is_set():
-        raise KeyboardInterrupt
-
-
-@contextmanager
-def _interrupts_noted() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt as always, and is remembered."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        INTERRUPTED.set()
-        signal.default_int_handler(number, frame)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

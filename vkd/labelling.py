@@ -105,7 +105,6 @@ def _perform(run: Run, job: Job, report: LabelReport, progress: Progress) -> Lab
                 report.add(stats)
                 report.wall_s = time.monotonic() - started_s
                 progress(report)
-                cluster.check_interrupt()
                 _check_rejects(report, run.data.max_reject_fraction)
     report.wall_s = time.monotonic() - started_s
     return report

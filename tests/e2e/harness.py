@@ -85,7 +85,9 @@ def vkd(*arguments: object, program: Sequence[object] = (VKD,)) -> Iterator[Comm
     mark = f"VKD_TEST={uuid.uuid4().hex}"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'} | dict([mark.split("=")])
     words = [str(word) for word in (*program, *arguments)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True, preexec_fn=_hear_ctrl_c
+    )
     command = Command(process, mark)
     try:
         yield command
@@ -94,6 +96,11 @@ def vkd(*arguments: object, program: Sequence[object] = (VKD,)) -> Iterator[Comm
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.communicate()
+
+
+def _hear_ctrl_c() -> None:
+    """A shell's background job ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _environment(folder: Path) -> bytes:
