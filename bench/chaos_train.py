@@ -45,7 +45,7 @@ from vkd.schema import TRAIN
 import psutil  # isort: skip
 
 KINDS = ("train worker", "teacher actor", "driver")
-EPOCHS = 24
+EPOCHS = 5
 SEEDS = (0, 1, 2)
 SILENCE_S = 300.0  # without a new round: something hangs
 MAX_DELAY_S = 3.0  # between a new round and the kill
@@ -67,11 +67,14 @@ class Trial:
                 return
             step = self._step()
             time.sleep(self.random.uniform(0.0, MAX_DELAY_S))
-            targets = self._targets(kind)
-            print(f"{number:3d} of {num_kills}: {kind}, step {step}{'' if targets else ', none there'}", flush=True)
-            if targets:
-                kill([self.random.choice(targets)])
-                self.kills[kind] += 1
+            while not (targets := self._targets(kind)):
+                if self.driver.keep_going():
+                    self.finished = True
+                    return
+                time.sleep(0.05)
+            print(f"{number:3d} of {num_kills}: {kind}, step {step}", flush=True)
+            kill([self.random.choice(targets)])
+            self.kills[kind] += 1
 
     def finish(self) -> None:
         """Let it train what is left."""
@@ -202,6 +205,7 @@ def tree_of(folder: Path, workers: int) -> dict[str, Any]:
         "labels": {"mode": "live", "store": str(folder / "labels")},
         "recipe": {
             "name": "chaos_recipe:CountedKD",
+            "num_examples": 1,  # known once the manifest is there
             "teacher": {"name": "efficientnet_lite", "num_frames": 2},
             "student": {"name": "shift_cnn", "num_frames": 2, "size_px": 32},
         },

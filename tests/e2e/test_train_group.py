@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -76,3 +79,17 @@ def test_a_rank_that_hangs_ends_and_the_group_goes_on(tree: harness.Tree, tmp_pa
     stopper.join()
     assert stopped and not psutil.pid_exists(stopped[0])
     assert trained.num_examples == run.train.epochs * sum(len(rows) for rows in Plan.of(run).rows("train"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("report")
+def test_a_lost_node_shrinks_the_group(tree: harness.Tree, tmp_path: Path) -> None:
+    """Of two nodes with one rank each one is killed: training goes on with the other, and every example counts once an epoch."""
+    changes = (f"output={tmp_path / 'out'}", "compute.student.workers=[1, 2]", "train.epochs=60")
+    run = harness.parsed(tree, *changes)
+    run_file = harness.write(run.model_dump(mode="json"), tmp_path / "run.yaml")
+    script, environment = Path(harness.__file__).with_name("elastic.py"), os.environ | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
+    done = subprocess.run([sys.executable, script, run_file], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) == run.train.epochs * sum(len(rows) for rows in Plan.of(run).rows("train"))
+    assert json.loads((tmp_path / "out" / training.STUDENT_TIME).read_text())["world_size"] == 1
