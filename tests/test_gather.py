@@ -86,6 +86,7 @@ def learn_on_a_rank(rank: int, folder: str) -> None:
         gather_on_a_rank(rank, counts)
     assert gather.world() == (rank, WORLD_SIZE)
     assert gather.sum_over_ranks(torch.tensor([1.0, rank])).tolist() == [4.0, 6.0]
+    assert gather.of_rank_0(f"rank {rank}") == "rank 0" and gather.of_rank_0(None if rank == 0 else "x") is None
     if rank == 0:
         torch.save(found, Path(folder) / "learned.pt")
     dist.destroy_process_group()

@@ -22,6 +22,14 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def of_rank_0(text: str | None) -> str | None:
+    """What rank 0 says, on every rank: a look at storage may show each something else."""
+    told = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
+
+
 def rows_over_ranks(x: Tensor) -> Tensor:
     """The rows of all ranks, in rank order, of each rank's x [n, ...]; n may differ between ranks, and be 0.
 

@@ -112,7 +112,7 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
         print(
             f"training on {plan.share:.0%} of the planned clips: the others lack labels (labels.allow_partial)", file=sys.stderr, flush=True
         )
-    found = checkpoint.newest(run.output)
+    found = gather.of_rank_0(checkpoint.newest(run.output))
     position = checkpoint.restore(found, loop.distiller, loop.optimizer) if found else Position()
     use = teacher_use.watched(loop, run, position.step)
     if rank != 0:
