@@ -176,6 +176,7 @@ def compared(run: Run, folder: Path) -> dict[str, Any]:
 
 def _trained_in_peace(run: Run, folder: Path, seed: int) -> dict[str, float]:
     changes = ["labels.mode=stored", f"output={folder}/peace{seed}", f"train.seed={seed}", "compute.student.workers=0"]
+    changes.append(f"compute.teacher.actors={NUM_CPUS}")  # of one thread each, as under fire: labels differ in the last bit by threads
     peace, told = run_files.parse(run.model_dump(mode="json"), changes), list[RoundReport]()
     labelling.label(peace, Plan.of(peace).chunks, lambda report: None)
     training.train(peace, told.append)
