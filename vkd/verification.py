@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vkd import planning, schema, stages, teacher_use
+from vkd import planning, schema, stages, teacher_use, worklist
 from vkd.errors import StorageError
 from vkd.manifest import Manifest
 from vkd.metrics.teacher_use import Finding
@@ -101,19 +101,21 @@ class Cleaned:
 
 
 def verify(run: Run, num_sampled: int) -> Verification:
-    """Check all label sets of a run, and label `num_sampled` clips again in this process."""
+    """Check all label sets of a run (of a `live` one what is held out), and label `num_sampled` clips again in this process."""
     plan, teachers = Plan.of(run), planning.build_teachers(run.recipe.teachers)
     sets = {alias: LabelSet.open(run.store, spec) for alias, spec in planning.label_specs(run, teachers).items()}
-    planned = {chunk: plan.examples(chunk).num_rows for chunk in plan.chunks}
+    planned: dict[int, dict[Chunk, int]] = {}
+    for view, chunk in worklist.wanted(run, plan, (run.train.epochs, 0)):
+        planned.setdefault(view, {})[chunk] = plan.examples(chunk).num_rows
     checks = []
     for label_set in sets.values():
-        for view in range(run.data.views.count):
-            found = verify_files(label_set, view, planned)
+        for view in planned:
+            found = verify_files(label_set, view, planned[view])
             counts = found.num_planned, found.num_labelled, found.num_rejected, len(found.lacking)
             checks.append(SetCheck(label_set.spec.name, view, *counts, found.corrupt))
     agreement: dict[str, float] = {}
     for alias, teacher in teachers.items():
-        if num_sampled and sets[alias].missing(0, plan.chunks) != plan.chunks:
+        if num_sampled and sets[alias].missing(run.held_out_view, plan.chunks) != plan.chunks:
             agreement |= _label_again(run, plan, teacher, sets[alias], num_sampled)
     trained = teacher_use.load(run.output) or {"findings": []}
     return Verification(checks, agreement, [Finding(**found) for found in trained["findings"]])
@@ -121,11 +123,11 @@ def verify(run: Run, num_sampled: int) -> Verification:
 
 def clean(run: Run) -> Cleaned:
     """Delete what interrupted writes left in the run's folders, and files of its store of which nothing counts any more."""
-    places, now_s = (run.labels.store, run.data.manifest, run.output), time.time()
+    places, now_s = (run.store, run.data.manifest, run.output), time.time()
     strays = {uri for place in places for uri, time_s in files.temporaries(place) if now_s - time_s > STRAY_AGE_S}
     for uri in strays:
         files.delete(uri)
-    return Cleaned(len(strays), sum(drop_superseded(label_set) for label_set in label_sets(run.labels.store)))
+    return Cleaned(len(strays), sum(drop_superseded(label_set) for label_set in label_sets(run.store)))
 
 
 def list_rejects(run: Run) -> list[Rejected]:
@@ -136,7 +138,7 @@ def list_rejects(run: Run) -> list[Rejected]:
         if alias == FRAMES_ALIAS:
             continue
         label_set = LabelSet.open(run.store, spec)
-        for view in range(run.data.views.count):
+        for view in label_set.views():
             for chunk in sorted(label_set.committed(view).keys() & set(plan.chunks)):
                 found += _rejects_of(plan, label_set, view, chunk)
     return found
@@ -169,10 +171,10 @@ def _label_again(run: Run, plan: Plan, teacher: Teacher, label_set: LabelSet, nu
     teacher.load(stages.device())
     rng = np.random.default_rng(0)
     lowest: dict[str, float] = {}
-    chunks = sorted(label_set.committed(0).keys() & set(plan.chunks))
+    chunks = sorted(label_set.committed(run.held_out_view).keys() & set(plan.chunks))
     for chunk in (chunks[i] for i in rng.integers(len(chunks), size=num_sampled).tolist()):
         try:
-            table, examples = label_set.read(0, chunk, verify=True), plan.examples(chunk).to_pylist()
+            table, examples = label_set.read(run.held_out_view, chunk, verify=True), plan.examples(chunk).to_pylist()
         except StorageError:
             continue  # `verify_files` tells of it
         row = int(rng.integers(table.num_rows))

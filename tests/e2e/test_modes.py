@@ -10,7 +10,7 @@ import harness
 import pytest
 import ray
 
-from vkd import beside, pipeline, planning
+from vkd import beside, pipeline, planning, verification
 from vkd.errors import TeacherError
 from vkd.loop import RoundReport
 from vkd.planning import Plan
@@ -74,6 +74,7 @@ def test_the_three_modes_learn_the_same(tiny_video: Path, tmp_path: Path, killer
         else:  # what training has read is gone, what is held out is there
             assert {view for label_set in kept for view in label_set.views() if label_set.committed(view)} == {run.held_out_view}
             assert not files.exists(run.labels.store)
+            assert verification.verify(run, num_sampled=1).ok
             assert pipeline.evaluate(run, Mock())["num_clips"] == sum(map(len, Plan.of(run).rows(VAL)))
 
 
