@@ -14,6 +14,7 @@ import small
 from vkd import planning, stages, worklist
 from vkd.manifest import BuildOptions, build
 from vkd.planning import Plan
+from vkd.rounds import Round, rounds_from
 from vkd.run import Run
 from vkd.schema import LABELLED, REJECTED, STATUS
 from vkd.stages import STATS
@@ -102,3 +103,38 @@ def test_a_chunk_that_another_driver_did_is_left_alone(unlabelled: Run, tmp_path
         num_rows = job.plan.examples(item.chunk).num_rows
         assert (stats["labelled"], stats["rejected"], stats["elsewhere"]) == (0, {}, num_rows)
     assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def rounds_of(run: Run) -> list[Round]:
+    sizes = [len(rows) for rows in Plan.of(run).rows("train")]
+    return list(rounds_from(sizes, (0, 0), run.train.epochs, run.checkpoint.every_examples, run.train.seed))
+
+
+@pytest.mark.parametrize("mode", ["tee", "live"])
+@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize("start", [(0, 0), (1, 1), (3, 0)])
+def test_labelling_goes_in_the_order_of_training(
+    unlabelled: Run, tmp_path: Path, mode: str, num_views: int, start: tuple[int, int]
+) -> None:
+    """Whatever training reads from its position on is there by its round; what nobody trains on comes last."""
+    places = f"labels.store={tmp_path}/labels", f"output={tmp_path}/out"
+    run = small.changed(unlabelled, *places, f"labels.mode={mode}", f"data.views.count={num_views}")
+    plan = Plan.of(run)
+    found = worklist.training_items(run, plan, specs_of(run), start)
+    assert [item.round for item in found] == sorted(item.round for item in found)
+    first = {(item.view, item.chunk): item.round for item in found}
+    assert len(first) == len(found)
+    for number, round_ in enumerate(rounds_of(run)):
+        if (round_.epoch, round_.index) >= start:
+            assert all(first[run.stored_view(round_.epoch), plan.chunks[chunk]] <= number for chunk in round_.chunks)
+    held_out = {plan.chunks[i] for i, rows in enumerate(plan.rows("val")) if rows}
+    assert {(run.held_out_view, chunk) for chunk in held_out} <= set(first)
+    if mode == "tee":
+        assert set(first) == {(view, chunk) for view in range(num_views) for chunk in plan.chunks}
+    else:
+        assert run.held_out_view % num_views == 0 and run.held_out_view >= run.train.epochs
+        assert all(view >= start[0] for view, _ in first)
+
+
+def test_nothing_lacks_for_training_once_it_is_labelled(labelled: Run) -> None:
+    assert worklist.training_items(labelled, Plan.of(labelled), specs_of(labelled)) == []
