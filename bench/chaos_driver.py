@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from chaos_cluster import Cluster
+from measure import finish
 
 VKD = Path(sys.executable).with_name("vkd")
+
+
+def under_fire(chaos: Callable[[Path, argparse.Namespace], dict[str, Any]], options: argparse.Namespace) -> None:
+    """Run a benchmark in a folder of its own, and print what it found; whatever ends it, nothing is left behind."""
+    folder = Path(tempfile.mkdtemp(prefix="vkd-chaos-"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("stopped"))  # through what follows
+    try:
+        finish(chaos(folder, options), options.json)
+    finally:
+        if not options.keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Driver:

@@ -17,11 +17,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
-import signal
 import statistics
-import sys
-import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
@@ -33,9 +29,9 @@ from typing import Any
 import yaml
 from chaos_check import CHUNK_SIZE, DECODE_WORKERS, TEACHER_ACTORS, compared, counts, notes_of, tree_of
 from chaos_cluster import NUM_CPUS, Cluster, kill
-from chaos_driver import Driver
+from chaos_driver import Driver, under_fire
 from chaos_teacher import num_noted
-from measure import arguments, corpus, finish
+from measure import arguments, corpus
 
 from vkd import run as run_files
 from vkd.manifest import BuildOptions, build
@@ -177,14 +173,7 @@ def words_of(run_file: Path, num_views: int) -> list[str]:
 
 def main() -> None:
     options = arguments("vkd label under fire", kills=50, seed=0, clips="wagon", compare=0, keep=0)
-    folder = Path(tempfile.mkdtemp(prefix="vkd-chaos-"))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit("stopped"))  # through what follows, which leaves nothing behind
-    try:
-        finish(chaos(folder, options), options.json)
-    finally:
-        if not options.keep:
-            shutil.rmtree(folder, ignore_errors=True)
+    under_fire(chaos, options)
 
 
 def chaos(folder: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -15,10 +15,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
-import signal
-import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,11 +22,11 @@ from typing import Any
 
 import yaml
 
-from measure import arguments, corpus, finish  # isort: skip  # before torch: it says how OpenMP's threads wait
+from measure import arguments, corpus  # isort: skip  # before torch: it says how OpenMP's threads wait
 
 import torch
 from chaos_cluster import NUM_CPUS, Cluster, kill
-from chaos_driver import Driver
+from chaos_driver import Driver, under_fire
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -107,14 +103,7 @@ class Trial:
 
 def main() -> None:
     options = arguments("vkd distill under fire", kills=20, workers=1, seed=0, clips="wagon", keep=0)
-    folder = Path(tempfile.mkdtemp(prefix="vkd-chaos-"))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit("stopped"))  # through what follows, which leaves nothing behind
-    try:
-        finish(chaos(folder, options), options.json)
-    finally:
-        if not options.keep:
-            shutil.rmtree(folder, ignore_errors=True)
+    under_fire(chaos, options)
 
 
 def chaos(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
