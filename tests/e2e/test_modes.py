@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -10,7 +12,7 @@ import harness
 import pytest
 import ray
 
-from vkd import beside, pipeline, planning, verification
+from vkd import beside, cluster, pipeline, planning, verification
 from vkd.errors import TeacherError
 from vkd.loop import RoundReport
 from vkd.planning import Plan
@@ -83,3 +85,21 @@ def test_what_ends_the_labelling_ends_the_training(tiny_video: Path, tmp_path: P
     run = run_of(tmp_path, tiny_video, "tee", "recipe.teacher='fakes:RaisesAtClips'", "data.split.by=none")
     with pytest.raises(TeacherError, match="raises at every clip"):
         pipeline.distill(run, Mock())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_figures_reach_prometheus() -> None:
+    """From a process of the session to the page that its node shows to Prometheus."""
+    cluster.export_metrics({"busy.teacher": 0.5})
+    (node,) = ray.nodes()
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    give_up_s = time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(page, timeout=10) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line.startswith("ray_vkd_busy_teacher{")]
+        if lines:
+            break
+        assert time.monotonic() < give_up_s
+        time.sleep(1)
+    assert float(lines[0].split()[-1]) == 0.5
