@@ -180,7 +180,8 @@ def export_newest(run: Run, folder: str, best: bool = False) -> int:
     if found is None:
         raise ConfigError("no checkpoint yet", where=run.output, action="vkd distill RUN first")
     specs = planning.label_specs(run, planning.build_teachers(run.recipe.teachers))
-    plan = open_sets(run, Plan.of(run))[0] if run.labels.allow_partial else Plan.of(run)
+    partial = run.labels.mode == "stored" and run.labels.allow_partial
+    plan = open_sets(run, Plan.of(run))[0] if partial else Plan.of(run)
     loop = _loop(run, plan, specs)
     position = checkpoint.restore(found, loop.distiller, loop.optimizer)
     _export(run, loop, {spec.name for spec in specs.values()}, position, folder)
