@@ -8,7 +8,8 @@ at least one new round was saved since the last one. When the driver has ended, 
 `miscounted` is how many of the planned examples the final weights saw another number of times than there are epochs: the distiller
 counts in a buffer that lies in the checkpoints, so what a lost attempt trained does not count. Then the same run is trained in this
 process without kills, from stored labels: with one worker the final weights and the last round's losses must be equal to the
-bit; with several the losses must lie within the range of three seeds.
+bit; with several the losses must lie within the range of three seeds, one of which is this run's own: `distance` is how far they are
+from that one's, as a share of the range.
 """
 
 from __future__ import annotations
@@ -158,6 +159,7 @@ def compared(run: Run, folder: Path) -> dict[str, Any]:
         "final_losses": final,
         **{f"in peace, seed {seed}": found for seed, found in losses.items()},
         "losses_within_seeds": all(low[name] <= final[name] <= high[name] for name in final),
+        "distance": max(abs(final[name] - losses[0][name]) / (high[name] - low[name]) for name in final),
         "losses_equal": final == losses[0],
         "weights_bit_equal": all(torch.equal(ours[name], theirs[name]) for name in theirs),
     }

@@ -17,11 +17,11 @@ import ray.train
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
-from torch.utils.tensorboard import SummaryWriter
 
 from vkd import checkpoint, claim, cluster, gather, heartbeat, planning, teacher_use
 from vkd import run as run_files
 from vkd.beside import Beside, labelling_beside
+from vkd.board import Board
 from vkd.checkpoint import Position, Saver
 from vkd.efficiency import STUDENT, Efficiency, Stage
 from vkd.errors import ConfigError, LabellingEnded
@@ -118,13 +118,12 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
     if rank != 0:
         loop.fit(feeder, run.checkpoint.every_examples, position, lambda report, _: on_round(report))
         return
-    board = SummaryWriter(files.join(run.output, "tensorboard"), purge_step=position.step + 1)
+    board = Board(run.output, position.step + 1)
     with closing(board), _Chief(run, attempt, loop, feeder, link) as chief:
 
         def after_round(report: RoundReport, reached: Position) -> None:
-            chief.after_round(report, reached)
-            for name, value in (as_metrics(report) | use.metrics()).items():
-                board.add_scalar(name, value, reached.step)
+            board.add(as_metrics(report) | use.metrics(), reached.step)
+            chief.after_round(report, reached, board)
             use.save(run.output)
             on_round(report)
 
@@ -155,16 +154,17 @@ class _Chief:
         finally:
             self.saver.close()
 
-    def after_round(self, report: RoundReport, reached: Position) -> None:
+    def after_round(self, report: RoundReport, reached: Position, board: Board) -> None:
         """A round is trained: its checkpoint is written beside the next round."""
         contents = checkpoint.snapshot(reached, self.loop.distiller, self.loop.optimizer, sum(report.losses.values()))
         number, round_ = self.rounds[report.epoch, report.round]
-        self.saver.submit(partial(self._save, reached.step, contents, round_))
+        self.saver.submit(partial(self._save, reached.step, contents, round_, board))
         if self.link is not None:
             self.link.trained(number)
 
-    def _save(self, step: int, contents: Mapping[str, bytes], round_: Round) -> None:
+    def _save(self, step: int, contents: Mapping[str, bytes], round_: Round, board: Board) -> None:
         checkpoint.save(self.attempt, step, contents)
+        board.put()
         checkpoint.prune(self.run.output, self.run.checkpoint.keep)
         if self.run.labels.mode != "live":
             return
