@@ -72,7 +72,9 @@ def scaled(folder: Path, num_nodes: int, num_teachers: int, clips: str) -> dict[
         labelling.label(run, Plan.of(run).chunks[: num_teachers * CHUNKS_EACH], lambda report: None)
     finally:
         cluster.shutdown()
-    return {"cluster_start_s": ready_s - started_s} | utilisation(notes, num_teachers, ready_s)
+    found = {"cluster_start_s": ready_s - started_s} | utilisation(notes, num_teachers, ready_s)
+    print(f"{num_nodes} nodes, {num_teachers} teachers: {found}", flush=True)
+    return found
 
 
 def utilisation(notes: Path, num_teachers: int, ready_s: float) -> dict[str, float]:
