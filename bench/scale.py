@@ -85,12 +85,13 @@ def utilisation(notes: Path, num_teachers: int, ready_s: float) -> dict[str, flo
     to_s = max(each[:, 0].max() for each in calls.values())
     inside = sum(np.clip(np.minimum(each[:, 1], to_s) - np.maximum(each[:, 0], from_s), 0, None).sum() for each in calls.values())
     first_s = min(each[:, 0].min() for each in calls.values())
-    return {
+    found = {
         "first_chunk_after_s": first_s - ready_s,
         "ramp_s": from_s - first_s,
         "steady_s": to_s - from_s,
-        "utilisation": float(inside / (num_teachers * (to_s - from_s))),
+        "utilisation": inside / (num_teachers * (to_s - from_s)),
     }
+    return {name: float(value) for name, value in found.items()}
 
 
 def alone(folder: Path, size: int) -> dict[str, float]:
