@@ -146,6 +146,7 @@ def test_next_step_is_a_command_that_works(main: Main, labelled: Path, tmp_path:
 
 
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.slow
 def test_json_is_one_object_alone_on_stdout(main: Main, tiny_video: Path, tmp_path: Path) -> None:
     run_file = harness.write(harness.small_run(tmp_path, tiny_video), tmp_path / "run.yaml")
     keeps_one = "data.split.holdout=0.4"  # of four clips

@@ -287,7 +287,7 @@ def test_an_unknown_backend_is_refused(clips: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", ["asl", "weizmann", "wagon", pytest.param("natural", marks=pytest.mark.slow), pytest.param("neardup", marks=pytest.mark.slow)]
+    "folder", ["asl", "weizmann", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wagon", "natural", "neardup"))]
 )
 def test_both_decoders_choose_the_same_frames_of_real_clips(corpus: Path, folder: str) -> None:
     paths = sorted(p for p in (corpus / folder).rglob("*") if p.suffix in (".mp4", ".avi", ".mkv", ".webm", ".mov"))
