@@ -17,14 +17,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vkd import checkpoint, cluster, labelling
 from vkd import run as run_files
-from vkd.errors import VkdError
+from vkd.errors import LabellingEnded, VkdError
 from vkd.label_report import LabelReport
 from vkd.run import Run
 from vkd.window import POLL_S, Key, Taken, Window
 
 MAX_RESTARTS = 3
 NUM_THREADS = 32  # questions that the actor answers at a time, beside the labelling
-TELL_S = 1.0
+TELL_S, ENDED_S = 1.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RemoteLink:
     def wait_for_turn(self, round_number: int) -> None:
         """Wait until labelling may begin a chunk of this round."""
         while not ray.get(self.actor.may_start.remote(round_number)):
-            threading.Event().wait(POLL_S)
+            time.sleep(POLL_S)
 
     def trained(self, round_number: int) -> None:
         """Tell that a round is trained."""
@@ -120,19 +120,23 @@ class Beside:
     def finish(self) -> None:
         """Wait for the rest of the labels. Raises what the labelling raised."""
         ray.get(self._labelled)
+        self._stop_telling()
         self._look()
         self.spilled_bytes = cluster.spilled_bytes()
 
-    def raise_its_error(self) -> None:
-        """Raise what ended the labelling, if something did: it is the cause of what training says then."""
+    def raise_its_error(self, timeout_s: float) -> None:
+        """Raise what ended the labelling, if something does in this time: it is the cause of what training says then."""
         with suppress(GetTimeoutError):
-            ray.get(self._labelled, timeout=0)
+            ray.get(self._labelled, timeout=timeout_s)
 
     def close(self) -> None:
         """End it, finished or not; what is committed is kept."""
-        self._ended.set()
-        self._teller.join(TELL_S)
+        self._stop_telling()
         ray.kill(self.actor)
+
+    def _stop_telling(self) -> None:
+        self._ended.set()
+        self._teller.join(ENDED_S)
 
     def _tell(self) -> None:
         while not self._ended.wait(TELL_S):
@@ -144,9 +148,9 @@ class Beside:
         self.report, self.peak_window_bytes, self.handed_over_bytes = ray.get(self.actor.progress.remote())
         if self.report.done > before.done:
             self.progress(self.report)
-        elapsed_s, self._looked_s = now_s - self._looked_s, now_s
-        busy = {
-            f"busy.{name}": (stage.busy_s - before.busy_s[name]) / (stage.num_workers * elapsed_s)
+        elapsed_s, self._looked_s = max(now_s - self._looked_s, 1e-3), now_s
+        busy = {  # an actor that was started again counts from 0
+            f"busy.{name}": max(0.0, stage.busy_s - before.busy_s[name]) / (stage.num_workers * elapsed_s)
             for name, stage in self.report.stages().items()
         }
         counts = {"labelled": self.report.labelled, "rejected": self.report.rejected.total(), "handed_over_bytes": self.handed_over_bytes}
@@ -168,8 +172,11 @@ def labelling_beside(run: Run, start: tuple[int, int], progress: Callable[[Label
         try:
             yield beside
             beside.finish()
+        except LabellingEnded:
+            beside.raise_its_error(ENDED_S)  # training hears of the end before the error is there
+            raise
         except (VkdError, RayError, TrainingFailedError):
-            beside.raise_its_error()
+            beside.raise_its_error(0)
             raise
         finally:
             beside.close()

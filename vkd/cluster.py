@@ -122,11 +122,14 @@ def export_metrics(figures: Mapping[str, float]) -> None:
         GAUGES[name].set(value)
 
 
-def labelling_context(max_bytes: int) -> DataContext:
-    """Settings of a labelling execution: whole chunks as blocks, bounded frames in flight, a limit without progress."""
+def labelling_context(max_bytes: int, paced: bool) -> DataContext:
+    """Settings of a labelling execution: whole chunks as blocks, bounded frames in flight, a limit without progress.
+
+    No such limit when it is `paced` by training: it waits then as long as a round takes.
+    """
     context = DataContext.get_current()
     context.target_max_block_size = None
-    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    context.execution_no_progress_timeout_s = -1 if paced else NO_PROGRESS_TIMEOUT_S
     context.max_errored_blocks = 0
     context.raise_original_map_exception = True  # else only the text of what a worker raises comes back
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(object_store_memory=max_bytes)

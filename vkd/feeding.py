@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,13 +42,14 @@ class Fed:
 
 
 class _Pending(NamedTuple):
-    """One step's input while it is made; `num_mine` rows of it are planned for this rank."""
+    """One step's input while it is made: `num_mine` rows are planned for this rank; a round's first step has the round's `reads`."""
 
     round: Round
     num_examples: int
     last: bool
     num_mine: int
     batch: Future[Batch]
+    reads: Collection[Future[_Loaded]]
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,9 @@ class Feeder:
                 batches = batches_of_round(self.rows, round_, batch_size, seed)
                 for number, batch in enumerate(batches):
                     mine = rank_slice(batch, self.rank, self.world_size)
-                    if number == 0 and self.world_size > 1:
-                        self._wait_for(chunks.values())
+                    reads = chunks.values() if number == 0 and self.world_size > 1 else ()
                     made = makers.submit(self._batch, mine, chunks, round_.epoch % self.run.data.views.count)
-                    pending.append(_Pending(round_, len(batch), number == len(batches) - 1, len(mine), made))
+                    pending.append(_Pending(round_, len(batch), number == len(batches) - 1, len(mine), made, reads))
                     if len(pending) == READ_AHEAD_BATCHES:
                         while len(pending) > READ_AHEAD_BATCHES // 2:
                             yield self._next(pending)
@@ -114,8 +114,8 @@ class Feeder:
                 yield self._next(pending)
 
     def _next(self, pending: deque[_Pending]) -> Fed:
-        round_, num_examples, last, num_mine, made = pending.popleft()
-        self._wait_for([made])
+        round_, num_examples, last, num_mine, made, reads = pending.popleft()
+        self._wait_for([*reads, made])
         batch = made.result()
         self.left_out += num_mine - int(batch[schema.WEIGHT].sum())
         return Fed(round_, batch, num_examples, last)

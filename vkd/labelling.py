@@ -101,7 +101,9 @@ def _perform(run: Run, job: Job, report: LabelReport, progress: Progress) -> Lab
             report.other_drivers = others
             asked = _free(job, run.compute)
             report.pools = asked.num_workers
-            for stats in _execute(replace(job, items=leases.in_turn(job.items, others)), asked):
+            paced = run.labels.mode == "live"  # by training, which reads in order, and from a store that nobody shares
+            items = job.items if paced else leases.in_turn(job.items, others)
+            for stats in _execute(replace(job, items=items), asked, paced):
                 report.add(stats)
                 report.wall_s = time.monotonic() - started_s
                 progress(report)
@@ -160,11 +162,11 @@ def _free(job: Job, compute: Compute) -> Resources:
     return asked
 
 
-def _execute(job: Job, asked: Resources) -> Iterator[dict[str, Any]]:
+def _execute(job: Job, asked: Resources, paced: bool) -> Iterator[dict[str, Any]]:
     """The labelling execution; yields the statistics of each chunk as it is committed."""
     num_workers = asked.num_workers
     frame_bytes = sum(s.num_frames * s.size_px**2 * 3 for s in job.decoding.samplings) * job.plan.chunk_size
-    cluster.labelling_context(frame_bytes * 4 * sum(num_workers.values()))
+    cluster.labelling_context(frame_bytes * 4 * sum(num_workers.values()), paced)
     with warnings.catch_warnings():
         # 2.60 knows bounds on retries only as `ray_remote_args`, which it calls deprecated, and retries without end by default
         warnings.simplefilter("ignore", RayDeprecationWarning)
