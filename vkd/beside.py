@@ -110,7 +110,7 @@ class Beside:
         self.actor = kind.remote(run.model_dump(mode="json"), start)
         self.link, self.progress, self.report = RemoteLink(self.actor), progress, LabelReport()
         self.peak_window_bytes = self.handed_over_bytes = self.spilled_bytes = 0
-        self.num_cores = ray.cluster_resources()["CPU"]
+        self.num_cores = 0.0  # the most that there ever were: nodes come and go
         self._looked_s = time.monotonic()
         self._labelled = self.actor.label.remote()
         self._ended = threading.Event()
@@ -145,6 +145,7 @@ class Beside:
 
     def _look(self) -> None:
         before, now_s = self.report, time.monotonic()
+        self.num_cores = max(self.num_cores, ray.cluster_resources().get("CPU", 0.0))
         self.report, self.peak_window_bytes, self.handed_over_bytes = ray.get(self.actor.progress.remote())
         if self.report.done > before.done:
             self.progress(self.report)

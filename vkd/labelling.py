@@ -54,6 +54,13 @@ def label(run: Run, chunks: Sequence[Chunk], progress: Progress, retry: Retry | 
     return _perform(run, _job(run, plan, specs, teachers, items), report, progress)
 
 
+def label_plan(run: Run, plan: Plan, progress: Progress) -> LabelReport:
+    """Label all examples of a plan that need not be the run's own: view 0 of each."""
+    _, teachers, specs = _planned(run)
+    items = worklist.missing_items(run.store, range(1), specs, plan.chunks)
+    return _perform(run, _job(run, plan, specs, teachers, items), LabelReport(planned=plan.num_examples), progress)
+
+
 def lacks_for_training(run: Run, start: tuple[int, int]) -> bool:
     """Whether the store lacks anything that training reads from its position on. Refuses what `label` refuses."""
     plan, _, specs = _planned(run)
@@ -74,6 +81,12 @@ def label_for_training(run: Run, start: tuple[int, int], link: Link, progress: P
     if items:
         link.trained(items[0].round - 1)
     return _perform(run, replace(_job(run, plan, specs, teachers, items), link=link), report, progress)
+
+
+def checked(run: Run) -> tuple[Plan, dict[str, LabelSetSpec]]:
+    """What a run would label, refused where labelling would refuse it."""
+    plan, _, specs = _planned(run)
+    return plan, specs
 
 
 def _planned(run: Run) -> tuple[Plan, dict[str, Teacher], dict[str, LabelSetSpec]]:
@@ -166,7 +179,8 @@ def _execute(job: Job, asked: Resources, paced: bool) -> Iterator[dict[str, Any]
     """The labelling execution; yields the statistics of each chunk as it is committed."""
     num_workers = asked.num_workers
     frame_bytes = sum(s.num_frames * s.size_px**2 * 3 for s in job.decoding.samplings) * job.plan.chunk_size
-    cluster.labelling_context(frame_bytes * 4 * sum(num_workers.values()), paced)
+    gpus = sum(pool.actors * pool.gpus for pool in asked.pools.values())
+    cluster.labelling_context(frame_bytes * 4 * sum(num_workers.values()), gpus, paced)
     with warnings.catch_warnings():
         # 2.60 knows bounds on retries only as `ray_remote_args`, which it calls deprecated, and retries without end by default
         warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -179,15 +193,17 @@ def _dataset(job: Job, asked: Resources) -> Dataset:
     """items -> decode -> one pool of actors a teacher; not yet started."""
     shared = ray.put(job)
     num_items = len(job.items)
+    where = {"label_selector": dict(asked.decode_labels)} if asked.decode_labels else {}
     dataset = ray.data.read_datasource(
-        _Items(num_items), override_num_blocks=num_items, num_cpus=asked.decode_cpus, ray_remote_args={"max_retries": MAX_RETRIES}
+        _Items(num_items), override_num_blocks=num_items, num_cpus=asked.decode_cpus, ray_remote_args={"max_retries": MAX_RETRIES, **where}
     )
     dataset = dataset.map_batches(
         partial(_decode_stage, shared),
         batch_size=None,
-        compute=TaskPoolStrategy(asked.decode_workers),
+        compute=TaskPoolStrategy(asked.decode_limit),
         num_cpus=asked.decode_cpus,
         max_retries=MAX_RETRIES,
+        **where,
     )
     *_, last = job.teachers
     for alias, pool in asked.pools.items():
@@ -198,6 +214,7 @@ def _dataset(job: Job, asked: Resources) -> Dataset:
             compute=ActorPoolStrategy(size=pool.actors),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
+            label_selector=dict(pool.labels) or None,
             max_restarts=MAX_RETRIES,
             max_task_retries=MAX_RETRIES,
         )
