@@ -18,7 +18,7 @@ ONLY_IN = {  # a library, and the modules or packages that may import it
         "vkd.cluster",
         "vkd.autoscaler",
         "vkd.resources",
-        "vkd.labelling",
+        "vkd.execution",
         "vkd.beside",
         "vkd.training",
         "vkd.preemption",
@@ -56,7 +56,7 @@ def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
 
 def test_there_is_something_to_check() -> None:
     assert {"vkd.cli", "vkd.video.decode", "vkd.recipes.kd"} <= set(MODULES)
-    assert "ray" in imports_of(MODULES["vkd.labelling"])
+    assert "ray" in imports_of(MODULES["vkd.execution"])
     assert "av" in imports_of(MODULES["vkd.video.decode"])
 
 

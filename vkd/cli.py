@@ -17,12 +17,13 @@ from vkd.cli_plan import MaxCost, MaxHours, PriceFile
 from vkd.errors import ConfigError, StorageError, VkdError, redact
 
 
-def _with_labels(typed: typer.Typer) -> typer.Typer:
+def _with_others(typed: typer.Typer) -> typer.Typer:
     typed.add_typer(cli_labels.app, name="labels")
+    typed.command()(cli_plan.plan)
     return typed
 
 
-app = _with_labels(
+app = _with_others(
     typer.Typer(
         no_args_is_help=True,
         add_completion=False,
@@ -178,9 +179,6 @@ def run_command(
                 "evaluate": measured,
             }
         cli_parts.finish(as_json, results)
-
-
-app.command()(cli_plan.plan)
 
 
 @app.command()

@@ -174,7 +174,7 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _drop_iterators(error)
+        let_go(error)
         cause = _cause(error) if isinstance(error, RayError | RayTrainError) else None
         if isinstance(cause, VkdError):
             raise cause from None
@@ -190,7 +190,7 @@ def _lost(error: BaseException) -> VkdError:
     return VkdError(f"{whose} process died again and again, and is not started any more", action=action)
 
 
-def _drop_iterators(error: BaseException | None) -> None:
+def let_go(error: BaseException | None) -> None:
     """Let go of the datasets and actors that an error's frames hold: actors end then, and ending an execution would start Ray anew."""
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):

@@ -10,11 +10,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray  # noqa: F401  # brings psutil along
+from ray._private.state import GlobalState
+from ray._raylet import GcsClientOptions
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID as HEAD
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_TYPE as HEAD_TYPE
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
@@ -75,6 +78,16 @@ class AutoscalingHead:
                 raise RuntimeError(f"the head does not come up: {log.read_text(errors='replace')[-1500:]}")
             time.sleep(0.1)
         return self
+
+    def nodes(self) -> Counter[str]:
+        """How many nodes of each group are alive, the head apart."""
+        state = GlobalState()
+        state._initialize_global_state(
+            GcsClientOptions.create(self.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+        )
+        alive = [node for node in state.node_table() if node["Alive"]]
+        state.disconnect()
+        return Counter(node["Labels"]["vkd-group"] for node in alive if "vkd-group" in node["Labels"])
 
     def __exit__(self, *_: object) -> None:
         assert self.process is not None
