@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 MODULES = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in sorted((REPOSITORY / "vkd").rglob("*.py"))}
 PURE = ("vkd.losses", "vkd.metrics", "vkd.layers", "vkd.clips", "vkd.rounds", "vkd.schema", "vkd.errors")
 ONLY_IN = {  # a library, and the modules or packages that may import it
-    "ray": ("vkd.cluster", "vkd.resources", "vkd.labelling", "vkd.beside", "vkd.training", "vkd.submit"),
+    "ray": ("vkd.cluster", "vkd.resources", "vkd.labelling", "vkd.beside", "vkd.training", "vkd.submit", "vkd.spot_notice"),
     "decord": ("vkd.video.decode",),
     "av": ("vkd.video.decode",),
     "fsspec": ("vkd.store", "vkd.manifest", "vkd.sources", "vkd.video", "vkd.checkpoint"),
