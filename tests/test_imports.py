@@ -24,6 +24,7 @@ ONLY_IN = {  # a library, and the modules or packages that may import it
         "vkd.preemption",
         "vkd.trial",
         "vkd.submit",
+        "vkd.spot_notice",
     ),
     "decord": ("vkd.video.decode",),
     "av": ("vkd.video.decode",),
