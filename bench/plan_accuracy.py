@@ -8,6 +8,7 @@ Real clips of 180x144 as they are, and others of them enlarged to 720p, half by 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ import av
 import yaml
 
 VKD = Path(sys.executable).with_name("vkd")
-LARGE = (1280, 720)
+LARGE, MAX_FRAMES = (1280, 720), 50
 
 
 def main() -> None:
@@ -59,12 +60,12 @@ def mixed(folder: Path, count: int) -> Path:
 
 
 def enlarge(source: Path, target: Path) -> None:
-    """The same frames at 720p, H.264."""
+    """Its first frames at 720p, H.264."""
     with av.open(str(source)) as read, av.open(str(target), "w") as write:
         video = read.streams.video[0]
         stream = write.add_stream("libx264", rate=Fraction(video.average_rate or 25), options={"preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = *LARGE, "yuv420p"
-        for frame in read.decode(video):
+        for frame in itertools.islice(read.decode(video), MAX_FRAMES):
             resized = frame.reformat(*LARGE, format="yuv420p")
             resized.pts = None
             write.mux(stream.encode(resized))

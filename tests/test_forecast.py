@@ -33,23 +33,23 @@ def forecast(mode: str = "tee", to_label: int = 1000, epochs: float = 3, **chang
     teacher = StageCost("teacher", "teacher", 2, 0.4, 0.01)
     student = StageCost("student", "student", 1, 0.01, 0.005)
     cores = changed.get("cores", {"decode": 8.0, "teacher": 16.0, "student": 8.0})
-    return Forecast([decode, teacher], student, Work(to_label, 900, epochs, mode, 4000.0, 10_000.0), cores, 20.0)
+    return Forecast([decode, teacher], student, Work(to_label, 900, epochs, mode, 4000.0, 10_000.0, 10), cores, 20.0)
 
 
 def test_the_slowest_stage_decides() -> None:
     told = forecast()
-    assert told.label_s == pytest.approx(200)  # 1000 x 0.4 / 2
+    assert told.label_s == pytest.approx(200 + 2)  # 1000 x 0.4 / 2, and the first chunk's decoding
     assert told.epoch_s == pytest.approx(9)
-    assert told.total_s == pytest.approx(20 + 200 + 2 * 9)
+    assert told.total_s == pytest.approx(20 + 202 + 2 * 9)
     assert told.bottleneck == "teacher" and told.balanced() == {"decode": 1, "teacher": 2}
 
 
 def test_cores_of_a_group_decide_when_there_are_too_few() -> None:
     told = forecast(cores={"decode": 0.5, "teacher": 16.0, "student": 8.0})
-    assert told.label_s == pytest.approx(400) and told.bottleneck == "cores of decode"
+    assert told.label_s == pytest.approx(402) and told.bottleneck == "cores of decode"
 
 
-@pytest.mark.parametrize(("mode", "total_s"), [("stored", 20 + 200 + 27), ("live", 20 + 3 * 200), ("tee", 20 + 200 + 18)])
+@pytest.mark.parametrize(("mode", "total_s"), [("stored", 20 + 202 + 27), ("live", 20 + 3 * 202), ("tee", 20 + 202 + 18)])
 def test_a_mode_labels_once_or_each_epoch(mode: str, total_s: float) -> None:
     assert forecast(mode).total_s == pytest.approx(total_s)
 
@@ -57,6 +57,12 @@ def test_a_mode_labels_once_or_each_epoch(mode: str, total_s: float) -> None:
 def test_nothing_to_label_is_only_training() -> None:
     told = forecast(to_label=0)
     assert told.total_s == pytest.approx(20 + 27) and told.bottleneck == "student" and told.storage_bytes() == 0
+
+
+def test_chunks_are_not_shared() -> None:
+    """25 examples are 3 chunks, and two actors need two turns."""
+    assert StageCost("teacher", "", 2, 0.4, 0.0).seconds(25, 10) == pytest.approx(2 * 10 * 0.4)
+    assert StageCost("teacher", "", 2, 0.4, 0.0).seconds(5, 10) == pytest.approx(5 * 0.4)
 
 
 @given(st.integers(1, 10**6), st.floats(0.1, 50))
@@ -69,7 +75,7 @@ def test_groups_that_only_label_are_paid_until_labels_are_there() -> None:
     told, nodes = forecast(), {"head": 1, "decode": 2, "teacher": 2, "student": 1, "unknown": 7}
     costs = {cost.group: cost for cost in money(told, nodes, Prices.parse(yaml.safe_load(PRICES)))}
     assert set(costs) == {"head", "decode", "teacher", "student"}
-    assert costs["teacher"].hours == pytest.approx(2 * 220 / 3600) and costs["student"].hours == pytest.approx(238 / 3600)
+    assert costs["teacher"].hours == pytest.approx(2 * 222 / 3600) and costs["student"].hours == pytest.approx(240 / 3600)
     assert costs["teacher"].cost == pytest.approx(costs["teacher"].hours * 1.5) == costs["teacher"].spot
     assert costs["student"].cost == pytest.approx(costs["student"].hours * 4.0) == costs["student"].on_demand
     assert math.isclose(costs["decode"].on_demand, costs["decode"].hours)

@@ -51,9 +51,10 @@ def _show(screen: Screen, report: PlanReport) -> None:
     for name, text in report.checks.items():
         screen.line(f"ok  {name:10s} {text}")
     told, work = report.forecast, report.forecast.work
+    counts = [*((stage, work.to_label) for stage in told.stages), (told.student, work.to_train * work.epochs)]
     rows = [
-        (stage.name, str(stage.num_workers), f"{1e3 * stage.busy_s:.0f}", f"{1e3 * stage.cpu_s:.0f}", _time(stage.seconds(count)))
-        for stage, count in [*((s, work.to_label) for s in told.stages), (told.student, work.to_train * work.epochs)]
+        (s.name, str(s.num_workers), f"{1e3 * s.busy_s:.0f}", f"{1e3 * s.cpu_s:.0f}", _time(s.busy_s * count / s.num_workers))
+        for s, count in counts
     ]
     screen.table(f"measured on {report.trial.num_clips} clips", ("stage", "workers", "ms a clip", "CPU ms a clip", "alone"), rows)
     parts = f"start {_time(told.start_s)}, labels {_time(told.label_s)}, an epoch {_time(told.epoch_s)}"

@@ -24,14 +24,15 @@ class StageCost:
     busy_s: float
     cpu_s: float
 
-    def seconds(self, num_examples: float) -> float:
-        """Of the clock, when its workers share the examples."""
-        return self.busy_s * num_examples / self.num_workers
+    def seconds(self, num_examples: float, chunk_size: int = 1) -> float:
+        """Of the clock, when its workers share the examples, each whole chunks of them."""
+        waves = math.ceil(math.ceil(num_examples / chunk_size) / self.num_workers)
+        return max(self.busy_s * num_examples / self.num_workers, self.busy_s * min(num_examples, waves * chunk_size))
 
 
 @dataclass(frozen=True)
 class Work:
-    """How much there is to do: examples that lack labels, examples of one training epoch, epochs left, bytes of an example."""
+    """How much there is to do: examples that lack labels, in chunks, examples of a training epoch, epochs left, bytes of an example."""
 
     to_label: int
     to_train: int
@@ -39,6 +40,7 @@ class Work:
     mode: str
     label_bytes: float
     frame_bytes: float
+    chunk_size: int
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,35 @@ class Forecast:
 
     @property
     def label_s(self) -> float:
-        """Labelling alone, in full swing."""
-        return _together(self.stages, dict.fromkeys((stage.name for stage in self.stages), self.work.to_label), self.cores)
+        """Labelling alone."""
+        return self._together(self.stages) + self._fill_s
 
     @property
     def epoch_s(self) -> float:
         """One epoch of training on labels that are there."""
-        return _together([self.student], {STUDENT: self.work.to_train}, self.cores)
+        return self._together([self.student])
 
     @property
     def first_epoch_s(self) -> float:
         """One epoch of training, with labelling beside it."""
-        examples = dict.fromkeys((stage.name for stage in self.stages), self.work.to_label)
-        return _together([*self.stages, self.student], examples | {STUDENT: self.work.to_train}, self.cores)
+        return self._together([*self.stages, self.student]) + self._fill_s
+
+    @property
+    def _fill_s(self) -> float:
+        """One chunk on its way through the stages that wait for the slowest."""
+        busy_s = [stage.busy_s for stage in self.stages]
+        return min(self.work.to_label, self.work.chunk_size) * (sum(busy_s) - max(busy_s))
+
+    def _together(self, stages: Sequence[StageCost]) -> float:
+        """Seconds of stages that run side by side: none is faster than its workers, nor all of a group than its cores."""
+        work = self.work
+        examples = {stage.name: work.to_train if stage.name == STUDENT else work.to_label for stage in stages}
+        alone = [stage.seconds(examples[stage.name], 1 if stage.name == STUDENT else work.chunk_size) for stage in stages]
+        shared = [
+            sum(stage.cpu_s * examples[stage.name] for stage in stages if stage.group == group) / max(cores, 1e-9)
+            for group, cores in self.cores.items()
+        ]
+        return max([*alone, *shared], default=0.0)
 
     @property
     def total_s(self) -> float:
@@ -82,28 +100,19 @@ class Forecast:
         if self.work.to_label == 0:
             return STUDENT
         slowest = max(self.stages, key=lambda stage: stage.seconds(self.work.to_label))
-        if slowest.seconds(self.work.to_label) >= 0.9 * self.label_s:
+        if slowest.seconds(self.work.to_label, self.work.chunk_size) >= 0.9 * self._together(self.stages):
             return slowest.name
         group = max(self.cores, key=lambda group: _cpu_s(self.stages, group, self.work.to_label) / max(self.cores[group], 1e-9))
         return f"cores{f' of {group}' if group else ''}"
 
     def balanced(self) -> dict[str, int]:
         """Workers of each labelling stage with which all take as long as the last of them, the dearest, does as it is."""
-        target_s = self.stages[-1].seconds(1)
+        target_s = self.stages[-1].busy_s / self.stages[-1].num_workers
         return {stage.name: max(1, math.ceil(stage.busy_s / max(target_s, 1e-9))) for stage in self.stages}
 
     def storage_bytes(self) -> float:
         """What the label store will hold of this run: labels, and kept frames."""
         return self.work.to_label * (self.work.label_bytes + self.work.frame_bytes)
-
-
-def _together(stages: Sequence[StageCost], examples: Mapping[str, float], cores: Mapping[str, float]) -> float:
-    """Seconds of stages that run side by side: none is faster than its workers, nor all of a group than its cores."""
-    alone = [stage.seconds(examples[stage.name]) for stage in stages]
-    shared = [
-        sum(stage.cpu_s * examples[stage.name] for stage in stages if stage.group == group) / max(cores[group], 1e-9) for group in cores
-    ]
-    return max([*alone, *shared], default=0.0)
 
 
 def _cpu_s(stages: Sequence[StageCost], group: str, num_examples: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def preflight(run: Run, fraction: float, progress: Callable[[LabelReport], None]
     measured = trial.measure(run, plan, fraction, progress)
     checks["teachers"] = f"{', '.join(run.recipe.teachers)}: answered {measured.num_clips} clips as they should"
     checks["student"] = "trains on what they said"
-    work = Work(work.to_label, work.to_train, work.epochs, work.mode, measured.label_bytes, measured.frame_bytes)
+    work = replace(work, label_bytes=measured.label_bytes, frame_bytes=measured.frame_bytes)
     forecast = Forecast(measured.stages, measured.student, work, measured.cores, measured.start_s)
     checks["storage"] = _storage(run, forecast)
     checks["resources"] = ", ".join(f"{stage.num_workers} x {stage.name}" for stage in [*measured.stages, measured.student])
@@ -64,7 +64,7 @@ def _work(run: Run, plan: Plan) -> Work:
         to_label = plan.num_examples
     to_train = sum(map(len, plan.rows(TRAIN)))
     epochs = max(0.0, run.train.epochs - position.num_examples / max(to_train, 1))
-    return Work(to_label, to_train, epochs, run.labels.mode, 0.0, 0.0)
+    return Work(to_label, to_train, epochs, run.labels.mode, 0.0, 0.0, plan.chunk_size)
 
 
 def _sets(run: Run, specs: dict[str, LabelSetSpec]) -> str:

@@ -99,7 +99,7 @@ def measure(run: Run, plan: Plan, fraction: float, progress: Callable[[LabelRepo
         started_s, first_s = time.monotonic(), list[float]()
 
         def told(report: LabelReport) -> None:
-            first_s.append(time.monotonic() - started_s)
+            first_s.append(time.monotonic() - started_s - sum(report.busy_s.values()))  # the first chunk has its own share of that
             progress(report)
 
         with cluster.session(run.compute):
@@ -108,11 +108,10 @@ def measure(run: Run, plan: Plan, fraction: float, progress: Callable[[LabelRepo
             stages = _stages(report, pools)
             student = _student(small, sample)
             nodes, counts = resources.cluster_nodes(), cluster.nodes_by_group()
-        one_chunk_s = sum(stage.busy_s for stage in stages) * sample.chunk_size
         groups = {stage.group for stage in [*stages, student]}
         cores = {group: total((node for node in nodes if not group or group_of(node.labels) == group), "CPU") for group in groups}
         label_bytes, frame_bytes = _bytes_per_example(small, sample.num_examples)
-    start_s = max(0.0, first_s[0] - one_chunk_s) if first_s else 0.0
+    start_s = max(0.0, first_s[0]) if first_s else 0.0
     return Trial(stages, student, start_s, sample.num_examples, report.rejected.total(), label_bytes, frame_bytes, cores, counts)
 
 
@@ -135,7 +134,7 @@ def _stages(report: LabelReport, asked: resources.Resources) -> list[StageCost]:
         StageCost(name, group_of(labels[name]), asked.num_workers[name], stage.busy_s / done, stage.cpu_s / done)
         for name, stage in report.stages().items()
     ]
-    return sorted(found, key=lambda stage: (stage.name != DECODE, stage.seconds(1)))
+    return sorted(found, key=lambda stage: (stage.name != DECODE, stage.busy_s / stage.num_workers))
 
 
 def _student(run: Run, plan: SamplePlan) -> StageCost:
