@@ -144,7 +144,9 @@ def nodes_by_group() -> dict[str, int]:
 
 
 def export_metrics(figures: Mapping[str, float]) -> None:
-    """Show figures to Prometheus, as gauges `ray_vkd_<name>`."""
+    """Show figures to Prometheus, as gauges `ray_vkd_<name>`; to nobody where there is no Ray."""
+    if not ray.is_initialized():
+        return
     for name, value in figures.items():
         if name not in GAUGES:
             GAUGES[name] = Gauge(f"vkd_{name.replace('.', '_')}", description=f"vkd: {name}")

@@ -13,7 +13,7 @@ from vkd import cluster, execution, planning, resources, stages, status, worklis
 from vkd.clips import ViewPolicy, assign_splits
 from vkd.compute import Compute
 from vkd.errors import ConfigError, ManifestError, VideoError
-from vkd.label_report import LabelReport
+from vkd.label_report import LabelReport, Rates
 from vkd.manifest import Manifest
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.resources import Resources
@@ -90,7 +90,7 @@ def _planned(run: Run) -> tuple[Plan, dict[str, Teacher], dict[str, LabelSetSpec
 
 def _perform(run: Run, job: Job, report: LabelReport, progress: Progress) -> LabelReport:
     """Do all items of a job."""
-    started_s = time.monotonic()
+    started_s, rates = time.monotonic(), Rates()
     if job.items:
         planned = report.planned // job.num_views if job.link is None else job.plan.num_examples
         for spec in job.specs.values():
@@ -109,6 +109,7 @@ def _perform(run: Run, job: Job, report: LabelReport, progress: Progress) -> Lab
                 report.add(stats)
                 report.wall_s = time.monotonic() - started_s
                 progress(report)
+                cluster.export_metrics(rates.of(report))
                 _check_rejects(report, run.data.max_reject_fraction)
     report.wall_s = time.monotonic() - started_s
     return report

@@ -127,6 +127,7 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
             board.add(as_metrics(report) | use.metrics(), reached.step)
             chief.after_round(report, reached, board)
             use.save(run.output)
+            cluster.export_metrics({"data_wait": report.wait_fraction, "trained_per_s": report.examples_per_s})
             on_round(report)
 
         started_s, started_cpu_s, before = time.monotonic(), time.process_time(), position

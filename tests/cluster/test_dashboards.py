@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,8 +19,8 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # read when ray is imported
 
 import ray
 
-from vkd import beside, cluster
-from vkd.label_report import LabelReport
+from vkd import beside, cluster, label_report, training
+from vkd.label_report import LabelReport, Rates
 
 FOLDER = Path(__file__).parents[2] / "cluster"
 METRIC = re.compile(r"\b(?:ray|autoscaler)_\w+(?:\.\+)?")
@@ -28,22 +31,28 @@ def queries() -> list[str]:
     return [target["expr"] for panel in board["panels"] for target in panel["targets"]]
 
 
+def calls(module: ModuleType, name: str) -> list[ast.Call]:
+    """Where a module calls a function of this name."""
+    nodes = ast.walk(ast.parse(inspect.getsource(module)))
+    return [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == name]
+
+
 @pytest.fixture
 def exported(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The gauges that a labelling beside training shows, as Prometheus names them."""
+    """The gauges of labelling, of what it hands over, and of training, as Prometheus names them."""
     figures: dict[str, float] = {}
 
     def gauge(name: str, description: str) -> Any:
         return Mock(set=lambda value: figures.update({f"ray_{name}": value}))
 
-    report = LabelReport(pools={"decode": 1, "teacher": 1})
     monkeypatch.setattr(cluster, "Gauge", gauge)
     monkeypatch.setattr(cluster, "GAUGES", {})
-    monkeypatch.setattr(beside.ray, "get", lambda _: (report, 0, 0))
-    labelling = beside.Beside.__new__(beside.Beside)
-    labelling.actor, labelling.report, labelling._looked_s = Mock(), report, 0.0
-    labelling._look()
-    return set(figures)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(label_report, "LOOK_S", 0.0)
+    cluster.export_metrics(Rates().of(LabelReport(pools={"decode": 1, "teacher": 1})))
+    exports = [call.args[0] for module in (beside, training) for call in calls(module, "export_metrics")]
+    names = {key.value for each in exports if isinstance(each, ast.Dict) for key in each.keys if isinstance(key, ast.Constant)}
+    return set(figures) | {f"ray_vkd_{name}" for name in names}
 
 
 def test_vkd_exports_what_is_asked_of_it(exported: set[str]) -> None:
