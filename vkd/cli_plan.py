@@ -37,7 +37,8 @@ def plan(
 
     with cli_parts.screen(as_json, run, overrides) as screen:
         table = None if prices is None else read_prices(prices)
-        report = pipeline.plan(load_one(run, overrides or []), screen, cli_parts.fraction("--sample", sample))
+        loaded, share = load_one(run, overrides or []), cli_parts.fraction("--sample", sample)
+        report = pipeline.plan(loaded, screen, share, before_s=cli_parts.seconds_of_this_process())
         screen.close()
         costs = [] if table is None else forecast.money(report.forecast, report.trial.nodes, table)
         _show(screen, report)

@@ -29,13 +29,16 @@ class Watcher(Protocol):
     def trained(self, report: RoundReport) -> None: ...
 
 
-def plan(run: Run, watch: Watcher, fraction: float) -> PlanReport:
-    """Check every part of the run, measure a sample of its clips, and say what the whole takes. Writes no labels."""
+def plan(run: Run, watch: Watcher, fraction: float, before_s: float = 0.0) -> PlanReport:
+    """Check every part of the run, measure a sample of its clips, and say what the whole takes. Writes no labels.
+
+    `before_s` is what a command takes before it comes here.
+    """
     check_decoder()
     planning.student_sampling(run)
     build_manifest(run, watch)
     watch.stage("plan")
-    return preflight.preflight(run, fraction, watch.labelled)
+    return preflight.preflight(run, fraction, watch.labelled, before_s)
 
 
 def label(run: Run, watch: Watcher, fraction: float = 1.0, retry: Retry | None = None) -> LabelReport:

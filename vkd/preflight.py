@@ -32,8 +32,8 @@ class PlanReport:
     network_bytes: float
 
 
-def preflight(run: Run, fraction: float, progress: Callable[[LabelReport], None]) -> PlanReport:
-    """Check every part of a run, measure a sample, and say what the whole takes. Raises what the run would raise."""
+def preflight(run: Run, fraction: float, progress: Callable[[LabelReport], None], before_s: float) -> PlanReport:
+    """Check every part of a run, measure a sample, and say what the whole takes, `before_s` included. Raises what the run would raise."""
     plan, specs = labelling.checked(run)
     work = _work(run, plan)
     checks = {
@@ -47,7 +47,7 @@ def preflight(run: Run, fraction: float, progress: Callable[[LabelReport], None]
     checks["teachers"] = f"{', '.join(run.recipe.teachers)}: answered {measured.num_clips} clips as they should"
     checks["student"] = "trains on what they said"
     work = replace(work, label_bytes=measured.label_bytes, frame_bytes=measured.frame_bytes)
-    forecast = Forecast(measured.stages, measured.student, work, measured.cores, measured.start_s)
+    forecast = Forecast(measured.stages, measured.student, work, measured.cores, before_s + measured.start_s)
     checks["storage"] = _storage(run, forecast)
     checks["resources"] = ", ".join(f"{stage.num_workers} x {stage.name}" for stage in [*measured.stages, measured.student])
     return PlanReport(checks, measured, forecast, _network_bytes(run, plan, work))

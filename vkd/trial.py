@@ -58,7 +58,7 @@ class SamplePlan(Plan):
 
 @dataclass(frozen=True)
 class Trial:
-    """What a run in small took: an example of each stage, everything before the first label, bytes of an example."""
+    """What a run in small took: an example of each stage, all that is neither labelling nor training, bytes of an example."""
 
     stages: list[StageCost]
     student: StageCost
@@ -103,16 +103,34 @@ def measure(run: Run, plan: Plan, fraction: float, progress: Callable[[LabelRepo
             progress(report)
 
         with cluster.session(run.compute):
+            apart_s = 0.0 if run.labels.mode == "stored" else _seconds_of_an_actor()
+            started_s += apart_s
             report = labelling.label_plan(small, sample, told)
             pools = resources.requested(run.compute, list(run.recipe.teachers))
             stages = _stages(report, pools)
             student = _student(small, sample)
             nodes, counts = resources.cluster_nodes(), cluster.nodes_by_group()
+            ending_s = time.monotonic()
+        apart_s += time.monotonic() - ending_s
         groups = {stage.group for stage in [*stages, student]}
         cores = {group: total((node for node in nodes if not group or group_of(node.labels) == group), "CPU") for group in groups}
         label_bytes, frame_bytes = _bytes_per_example(small, sample.num_examples)
-    start_s = max(0.0, first_s[0]) if first_s else 0.0
+    start_s = apart_s + (max(0.0, first_s[0]) if first_s else 0.0)
     return Trial(stages, student, start_s, sample.num_examples, report.rejected.total(), label_bytes, frame_bytes, cores, counts)
+
+
+def _seconds_of_an_actor() -> float:
+    """What it takes to start the actor that labels beside training."""
+    started_s = time.monotonic()
+    ray.get(ray.remote(_LabellerInSmall).options(num_cpus=0).remote().ready.remote())
+    return time.monotonic() - started_s
+
+
+class _LabellerInSmall:
+    """Imports what that actor imports."""
+
+    def ready(self) -> str:
+        return labelling.__name__
 
 
 @contextmanager
