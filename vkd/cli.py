@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vkd import cli_labels, cli_parts
+from vkd import cli_jobs, cli_labels, cli_parts
 from vkd.cli_parts import Json, Overrides, RunFile
 from vkd.errors import ConfigError, StorageError, VkdError, redact
 
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from vkd.training import TrainReport
 
 
-def _with_labels(typed: typer.Typer) -> typer.Typer:
+def _with_more(typed: typer.Typer) -> typer.Typer:
     typed.add_typer(cli_labels.app, name="labels")
+    typed.add_typer(cli_jobs.app)
+    typed.add_typer(cli_jobs.jobs, name="jobs")
     return typed
 
 
-app = _with_labels(
+app = _with_more(
     typer.Typer(
         no_args_is_help=True,
         add_completion=False,
