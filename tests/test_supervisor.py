@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,9 @@ def finish(supervisor: subprocess.Popen[str]) -> tuple[int, list[str]]:
     return supervisor.returncode, [line for line in stderr.splitlines() if line.startswith("vkd supervisor: ")]
 
 
-def until_started(folder: Path, count: int = 1) -> None:
+def until(happened: Callable[[], object]) -> None:
     give_up_s = time.monotonic() + 20
-    while len(starts(folder)) < count:
+    while not happened():
         assert time.monotonic() < give_up_s
         time.sleep(0.01)
 
@@ -72,7 +73,9 @@ def test_what_died_is_started_again(tmp_path: Path) -> None:
     assert "starting it again in 0.01 s (restart 1 of 10)" in lines[0]
 
 
-@pytest.mark.parametrize(("driver", "code", "how"), [("raise SystemExit(3)", 3, "exit code 3"), (KILL_ITSELF.format("KILL"), 137, "SIGKILL")])
+@pytest.mark.parametrize(
+    ("driver", "code", "how"), [("raise SystemExit(3)", 3, "exit code 3"), (KILL_ITSELF.format("KILL"), 137, "SIGKILL")]
+)
 def test_restarts_in_a_row_have_a_limit_and_the_real_exit_code_is_passed_on(tmp_path: Path, driver: str, code: int, how: str) -> None:
     ended, lines = finish(start(tmp_path, driver, policy=f"max_restarts=2, {SOON}"))
     assert (ended, len(starts(tmp_path))) == (code, 3)
@@ -96,8 +99,7 @@ def test_a_driver_that_lived_long_starts_the_count_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_reaches_the_driver_and_nothing_is_left(tmp_path: Path, signum: signal.Signals) -> None:
     supervisor = start(tmp_path, LIVE_LONG)
-    until_started(tmp_path)
-    time.sleep(0.2)  # the driver is in its sleep
+    until(lambda: starts(tmp_path))
     supervisor.send_signal(signum)
     code, lines = finish(supervisor)
     assert (code, lines) == (128 + signum, [])
@@ -105,10 +107,10 @@ def test_a_stop_reaches_the_driver_and_nothing_is_left(tmp_path: Path, signum: s
 
 
 def test_the_code_of_a_stopped_driver_is_passed_on(tmp_path: Path) -> None:
-    clean_end = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\nprint('x', flush=True)\ntime.sleep(60)"
-    supervisor = start(tmp_path, clean_end)
-    until_started(tmp_path)
-    time.sleep(0.2)
+    ready = tmp_path / "ready"
+    handle = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+    supervisor = start(tmp_path, f"{handle}pathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)")
+    until(ready.exists)
     supervisor.send_signal(signal.SIGTERM)
     assert finish(supervisor) == (7, [])
     assert len(starts(tmp_path)) == 1
@@ -116,25 +118,23 @@ def test_the_code_of_a_stopped_driver_is_passed_on(tmp_path: Path) -> None:
 
 def test_a_stop_while_it_waits_ends_at_once(tmp_path: Path) -> None:
     supervisor = start(tmp_path, "raise SystemExit(1)", policy="first_wait_s=60")
-    until_started(tmp_path)
-    time.sleep(0.3)
+    assert supervisor.stderr is not None
+    waits = supervisor.stderr.readline()
     began_s = time.monotonic()
     supervisor.send_signal(signal.SIGTERM)
     code, lines = finish(supervisor)
-    assert (code, len(lines), len(starts(tmp_path))) == (143, 1, 1)
+    assert (code, lines, len(starts(tmp_path))) == (143, [], 1)
+    assert "starting it again in 60 s" in waits
     assert time.monotonic() - began_s < 5
 
 
 def test_a_killed_supervisor_takes_its_driver_along(tmp_path: Path) -> None:
     supervisor = start(tmp_path, LIVE_LONG)
-    until_started(tmp_path)
+    until(lambda: starts(tmp_path))
     (driver,) = starts(tmp_path)
     os.kill(supervisor.pid, signal.SIGKILL)
     supervisor.communicate()
-    give_up_s = time.monotonic() + 10
-    while _alive(driver):
-        assert time.monotonic() < give_up_s
-        time.sleep(0.02)
+    until(lambda: not _alive(driver))
 
 
 def test_its_command_is_vkd_of_the_same_interpreter() -> None:

@@ -61,7 +61,7 @@ def submit(
         if job is not None:
             shown.line(f"job {job.id} does this already, {job.status.lower()} for {_seconds(job)}")
         else:
-            shown.line(f"uploading the current directory, {num_bytes / 2**20:,.1f} MiB, to {cluster.url}")
+            shown.line(f"uploading the current directory, {_size(num_bytes)}, to {cluster.url}")
             job = cluster.submit(given)
             shown.line(f"job {job.id}: vkd {verb} {words(run, overrides)}")
         if detach:
@@ -116,9 +116,11 @@ def stop(job_id: JobId, address: Address = None, as_json: Json = False) -> None:
         before, job = cluster.job(job_id), cluster.stop(job_id)
         if not job.ended:
             raise VkdError("has not ended yet", where=job_id, action="vkd jobs ls shows whether it has; then try again")
-        ended = f"had ended before: {_how(job)}" if before.ended else "stopped; what is committed is kept"
-        shown.line(f"job {job_id} {ended}")
-        shown.line("next: the same vkd submit goes on where it stopped")
+        if before.ended:
+            shown.line(f"job {job_id} had ended before: {_how(job)}")
+        else:
+            shown.line(f"job {job_id} stopped; what is committed is kept")
+            shown.line("next: the same vkd submit goes on where it stopped")
         finish(as_json, _told(job))
 
 
@@ -130,13 +132,12 @@ def _follow(shown: Screen, cluster: Cluster, job_id: str, address: str | None, a
         action = f"{_command('logs', job_id, address)} --follow to follow again, {_command('stop', job_id, address)} to stop it"
         raise JobEnded(INTERRUPTED, f"no longer following; job {job_id} goes on", action=action) from stop
     finish(as_json, _told(job))
+    again = "the same vkd submit goes on where it stopped"
     if job.status == "STOPPED":
-        raise JobEnded(
-            job.code, f"job {job_id} was stopped; what is committed is kept", action="the same vkd submit goes on where it stopped"
-        )
+        raise JobEnded(job.code, f"job {job_id} was stopped; what is committed is kept", action=again)
     if job.code:
         why = f": {job.message.strip().splitlines()[0]}" if job.exit_code is None and job.message.strip() else ""
-        raise JobEnded(job.code, f"job {job_id} {_how(job)}{why}", action=f"its last lines say why; then {again}")
+        raise JobEnded(job.code, f"job {job_id} {_how(job)}{why}", action="its last lines say why" if job.code == 2 else again)
     shown.line(f"job {job_id} {_how(job)}")
 
 
@@ -158,6 +159,10 @@ def _cells(job: Job) -> tuple[str, ...]:
 def _seconds(job: Job) -> str:
     seconds = (job.ended_s or time.time()) - job.started_s
     return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min" if seconds < 36_000 else f"{seconds / 3600:.1f} h"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
 
 
 def _told(job: Job) -> dict[str, object]:

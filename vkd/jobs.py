@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vkd.errors import ConfigError
-from vkd.submission import Submission
+
+if TYPE_CHECKING:
+    from vkd.submission import Submission
 
 INTERRUPTED, BY_SIGNAL = 130, 128
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")

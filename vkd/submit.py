@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -23,7 +23,10 @@ from ray.job_submission import JobSubmissionClient
 
 from vkd.errors import ConfigError, VkdError
 from vkd.jobs import Job, Log, Say, live
-from vkd.submission import Submission, check_size
+from vkd.upload import check_size
+
+if TYPE_CHECKING:  # it imports torch, which only a submission needs
+    from vkd.submission import Submission
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # the first that is set, as in Ray's own command line
@@ -248,5 +251,5 @@ def _refusal(error: Exception, url: str, job_id: str) -> VkdError:
     if status == "404" and job_id:
         return ConfigError(f"knows no job {job_id}", where=url, action="vkd jobs ls lists them")
     if not found:
-        return ConfigError(f"is no Ray job server: {last}", where=url, action="write --address http://HOST:8265")
+        return ConfigError(f"is no Ray job server: {last.split('. ')[0]}", where=url, action="write --address http://HOST:8265")
     return VkdError(f"answered {status}: {last}", where=url, action="look at the head's logs, then try again")
