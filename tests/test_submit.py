@@ -470,6 +470,22 @@ def test_a_silent_job_that_has_ended_is_noticed(
     assert lines == ["one"]
 
 
+def test_the_last_lines_of_a_job_may_come_after_its_end(
+    cluster: Cluster, client: Client, given: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def late(job_id: str) -> AsyncIterator[str]:
+        client.details[0].status = "SUCCEEDED"
+        for text in ("one\n", "two\n", "three\n"):
+            await asyncio.sleep(0.06)
+            yield text
+
+    monkeypatch.setattr(submit, "SILENCE_S", 0.1)
+    monkeypatch.setattr(client, "tail_job_logs", late)
+    lines = list[str]()
+    assert cluster.follow(cluster.submit(given).id, lines.append).code == 0
+    assert lines == ["one", "two", "three"]
+
+
 def test_a_job_that_waits_to_start_says_so(cluster: Cluster, client: Client, given: Submission, monkeypatch: pytest.MonkeyPatch) -> None:
     async def silent(job_id: str) -> AsyncIterator[str]:
         await asyncio.sleep(0.1)

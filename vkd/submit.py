@@ -163,15 +163,15 @@ class Cluster:
             async for text in self.client.tail_job_logs(job_id):
                 log.feed(text)
 
-        pumping = asyncio.create_task(pump())
+        pumping, ended_at = asyncio.create_task(pump()), None
         try:
             while not (await asyncio.wait({pumping}, timeout=SILENCE_S))[0]:
-                before = log.num_chars
                 job = await asyncio.to_thread(self.job, job_id)  # raises when the connection broke and nobody told
                 if job.status == "PENDING":
                     log.write(f"vkd: the job is pending: {job.message}")
-                if job.ended and log.num_chars == before:
-                    return
+                if job.ended and ended_at == log.num_chars:
+                    return  # its last lines had all this time to come
+                ended_at = log.num_chars if job.ended else None
         finally:
             pumping.cancel()
             await asyncio.wait({pumping})

@@ -24,7 +24,7 @@ CLIP = "carphone_pristine.mp4"
 NUM_CLIPS, NUM_MANY = 4, 31
 MANY = ("data.clips.stride_s=0.1", "data.chunk_size=2")  # half a minute of work
 DRIVER = ("-m", "vkd")
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")]  # of Ray
 
 
 @dataclass
