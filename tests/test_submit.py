@@ -80,6 +80,7 @@ def test_an_id_is_that_of_the_output(project: Path) -> None:
     assert given.prefix.startswith("vkd-small-")
     assert given.prefix != prepare("label", "run.yaml", [f"output={BUCKET}/other"]).prefix
     assert given.entrypoint == "exec python -m vkd.supervisor label run.yaml train.epochs=2 --limit 5%"
+    assert "vkd.supervisor --max-restarts 0 label run.yaml" in replace(given, max_restarts=0).entrypoint
     assert given.metadata == {"verb": "label", "output": f"{BUCKET}/out", "digest": given.digest}
 
 

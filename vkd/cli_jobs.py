@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,6 +41,7 @@ def submit(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides; after -- options of VERB.")] = None,
     address: Address = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow: print the job's id and end.")] = False,
+    max_restarts: Annotated[int | None, typer.Option(min=0, help="In a row, of a driver that dies; else 10.")] = None,
     runtime_env: Annotated[str | None, typer.Option(help="What Ray gives the job; else jobs/runtime_env.yaml.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -50,7 +52,7 @@ def submit(
     from vkd import submission
 
     with screen(as_json, run, overrides) as shown:
-        given = submission.prepare(verb, run, overrides or [], runtime_env)
+        given = replace(submission.prepare(verb, run, overrides or [], runtime_env), max_restarts=max_restarts)
         for note in given.notes:
             shown.line(note)
         from vkd.submit import Cluster, package  # imports Ray, which takes a second

@@ -36,6 +36,7 @@ class Submission:
     run_files: tuple[str, ...]
     runtime_env: dict[str, Any]
     notes: tuple[str, ...] = ()
+    max_restarts: int | None = None
 
     @property
     def prefix(self) -> str:
@@ -44,7 +45,8 @@ class Submission:
 
     @property
     def entrypoint(self) -> str:
-        return f"exec python -m vkd.supervisor {shlex.join([self.verb, *self.words])}"
+        limit = [] if self.max_restarts is None else ["--max-restarts", str(self.max_restarts)]
+        return f"exec python -m vkd.supervisor {shlex.join([*limit, self.verb, *self.words])}"
 
     @property
     def metadata(self) -> dict[str, str]:

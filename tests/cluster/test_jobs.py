@@ -23,7 +23,7 @@ from vkd import cli
 CLIP = "carphone_pristine.mp4"
 NUM_CLIPS, NUM_MANY = 4, 31
 MANY = ("data.clips.stride_s=0.1", "data.chunk_size=2")  # half a minute of work
-DRIVER = ("-m", "vkd")
+DRIVER = ("-m", "vkd", "")  # not vkd.supervisor
 pytestmark = [pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")]  # of Ray
 
 
@@ -141,15 +141,16 @@ def test_a_mistake_that_only_the_cluster_sees_ends_with_2(site: Site, main: Main
 
 @pytest.mark.slow
 def test_distilling_beside_labelling(site: Site) -> None:
-    with harness.vkd("submit", "distill", "run.yaml", *site.places("distill"), "labels.mode=tee", "compute.student.workers=1") as command:
+    words = ("run.yaml", *site.places("distill"), "labels.mode=tee")
+    with harness.vkd("submit", "distill", *words, "--max-restarts", "0") as command:
         code, stdout, stderr = command.finish(300)
     assert (code, stderr) == (0, ""), stdout
     assert "distill: epoch 2" in stdout
     assert (site.bucket / "distill" / "out" / "student" / "model.safetensors").exists()
-    with harness.vkd("submit", "verify", "run.yaml", *site.places("distill"), "labels.mode=tee", "--", "--sample", "2") as command:
+    with harness.vkd("submit", "verify", *words, "--", "--sample", "2") as command:
         code, stdout, stderr = command.finish(300)
+    assert (code, stderr) == (0, ""), stdout
     assert "labelled again, teacher" in stdout
-    assert code in (0, 2), stderr  # 2: so few clips say little of the student
 
 
 @pytest.mark.slow
