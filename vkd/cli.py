@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vkd import cli_labels, cli_parts, cli_plan
+from vkd import cli_jobs, cli_labels, cli_parts, cli_plan
 from vkd.cli_parts import Json, Overrides, RunFile
 from vkd.cli_plan import MaxCost, MaxHours, PriceFile
 from vkd.errors import ConfigError, StorageError, VkdError, redact
@@ -19,6 +19,8 @@ from vkd.errors import ConfigError, StorageError, VkdError, redact
 
 def _with_others(typed: typer.Typer) -> typer.Typer:
     typed.add_typer(cli_labels.app, name="labels")
+    typed.add_typer(cli_jobs.app)
+    typed.add_typer(cli_jobs.jobs, name="jobs")
     typed.command()(cli_plan.plan)
     return typed
 

@@ -189,6 +189,17 @@ def load_one(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     return runs[0]
 
 
+def trees(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(file, YAML with overrides applied) for each run of a file that `load` takes: places are as they were written."""
+    written, folder = _read_yaml(path), Path(path).parent
+    steps = Workflow.model_validate(written).runs if "runs" in written else ()
+    found = [(str(folder / step.run), _read_yaml(folder / step.run), step.set) for step in steps] or [(str(path), written, ())]
+    for _, tree, own in found:
+        for override in (*own, *overrides):
+            _apply(tree, override)
+    return [(where, tree) for where, tree, _ in found]
+
+
 def parse(tree: dict[str, Any], overrides: Sequence[str] = (), where: str = "run") -> Run:
     """A checked run. Raises ConfigError that names the path of the bad key and what was expected."""
     for override in overrides:
