@@ -21,7 +21,6 @@ import small
 import yaml
 
 from vkd import cli, run, submit, upload
-from vkd.compute import Decode
 from vkd.errors import ConfigError
 from vkd.jobs import Job, Log
 from vkd.submission import Submission, prepare
@@ -603,15 +602,11 @@ def test_jobs_are_listed_and_stopped(project: Path, main: Main, client: Client) 
 
 @pytest.mark.parametrize("path", JOB_FILES, ids=lambda path: path.name)
 def test_every_job_file_is_a_run(path: Path) -> None:
-    if path.name == "kd.yaml" and "group" not in Decode.model_fields:
-        pytest.xfail("compute knows no groups yet")
     assert run.load(path)
 
 
 @pytest.mark.parametrize("name", ["smoke.yaml", "kd.yaml"])
 def test_the_job_files_for_a_cluster_can_be_submitted(project: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    if name == "kd.yaml" and "group" not in Decode.model_fields:
-        pytest.xfail("compute knows no groups yet")
     monkeypatch.chdir(REPOSITORY)
     assert "names no bucket" in refused(verb="run", path=f"jobs/{name}")
     given = prepare("run", f"jobs/{name}", [*SMOKE, *(["data.source=s3://mine/videos"] if name == "kd.yaml" else [])])
