@@ -1,179 +1,137 @@
-"""A Ray cluster on one machine for chaos_label.py: a head without CPUs and one worker node, started as subprocesses, killed by pid.
+"""Labelling, and then training beside labelling, on four worker nodes of which one is lost every 20 seconds.
 
-All that is started carries a mark in its environment, by which it is found again; nothing else is ever touched.
+    python bench/chaos_cluster.py --json
+
+Nodes are raylets of the groups decode (two), teacher and student. In a seeded order one of them, with all its processes, is killed by
+SIGKILL and replaced by a new one of its group; a driver that ends is started again. First `vkd label`, then `vkd distill` in mode
+tee into another store. `lost` is planned less labelled and rejected clips of both stores, `miscounted` how many examples the final
+weights saw another number of times than there are epochs. Both are run in peace first: `lost_s_per_kill` is what a kill cost.
 """
 
 from __future__ import annotations
 
-import os
+import argparse
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
-import uuid
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import ray  # noqa: F401  # brings psutil along
+import yaml
 
-import psutil  # isort: skip
+from measure import arguments, corpus  # isort: skip  # before torch: it says how OpenMP's threads wait
 
-MARK = "VKD_CHAOS"
-RAY = Path(sys.executable).with_name("ray")
-NUM_CPUS = 2
-STARTED = "Ray runtime started"
-START_TIMEOUT_S = 240.0
-OBJECT_STORE_BYTES = 300_000_000
-QUICK_TO_NOTICE = {  # that a node is gone; Ray's defaults take half a minute
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "4",
-}
+from chaos_check import counts
+from chaos_driver import Driver, under_fire
+from chaos_train import miscounted, tree_of
+from raylets import Cluster
+
+from vkd import run as run_files
+from vkd.manifest import BuildOptions, build
+from vkd.planning import Plan
+from vkd.run import Run
+
+GROUPS = {"decode": 1, "decode 2": 1, "teacher": 1, "student": 1}  # CPUs of each node
+LIMIT_S = 900.0
 
 
-class Cluster:
-    """The two nodes. `address` stays the same when the head is started anew."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.mark, self._starts = folder, uuid.uuid4().hex, 0
-        self.address = f"127.0.0.1:{_free_port()}"
-        self._known: dict[int, psutil.Process] = {}
-        self.head: subprocess.Popen[bytes] | None = None
-        self.node: subprocess.Popen[bytes] | None = None
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """For everything that belongs to this cluster, drivers included."""
-        places = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]  # the first is that of chaos_teacher.py
-        here = {"PYTHONPATH": os.pathsep.join(filter(None, places))}
-        return os.environ | QUICK_TO_NOTICE | here | {MARK: self.mark, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": self.address}
+class Groups(Cluster):
+    """A head and the four nodes."""
 
     def start(self) -> None:
-        """Head and node, ready for a driver; what is left of those before is killed first."""
-        self.kill_all()
-        port = self.address.rpartition(":")[2]
-        words = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", f"--ray-client-server-port={_free_port()}"]
-        self.head = self._start(words)
-        self.start_node()
+        self.start_head()
+        self.nodes = {name: self.new_node(cpus, name.split()[0]) for name, cpus in GROUPS.items()}
 
-    def start_node(self) -> None:
-        """A worker node, once it is ready."""
-        self.node = self._start([f"--address={self.address}", f"--num-cpus={NUM_CPUS}"])
-
-    @property
-    def head_pid(self) -> int:
-        return self.head.pid if self.head is not None else -1
-
-    def raylets(self) -> list[psutil.Process]:
-        """The worker node's."""
-        return [p for p in self.processes() if _words(p)[:1] and _words(p)[0].endswith("/raylet") and _session(p.pid) == self.node_pid]
-
-    @property
-    def node_pid(self) -> int:
-        return self.node.pid if self.node is not None else -1
-
-    def decode_children(self) -> list[psutil.Process]:
-        """Decoder processes of the worker node's workers."""
-        return [p for p in self.processes() if "vkd.video.child" in _words(p)]
-
-    def teacher_actors(self) -> list[psutil.Process]:
-        return [p for p in self.processes() if any("_TeachStage" in word for word in _words(p))]
-
-    def train_workers(self) -> list[psutil.Process]:
-        return [p for p in self.processes() if any("RayTrainWorker" in word for word in _words(p))]
-
-    def processes(self) -> list[psutil.Process]:
-        """All that carry the mark, what they started, and what did so when it was looked for before, if alive."""
-        alive = {process.pid: process for process in psutil.process_iter()}
-        ours = {pid for pid, process in self._known.items() if alive.get(pid) == process}  # the same pid, started at the same time
-        ours |= {pid for pid in alive if self._marked(pid)}
-        for pid in sorted(alive):  # some, such as Ray's agents, overwrite their environment with their title
-            with suppress(psutil.Error):
-                if alive[pid].ppid() in ours:
-                    ours.add(pid)
-        self._known = {pid: alive[pid] for pid in ours}
-        return list(self._known.values())
-
-    def _marked(self, pid: int) -> bool:
-        try:
-            return f"{MARK}={self.mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
-        except OSError:  # it has ended, or is not ours
-            return False
-
-    def kill_head(self) -> None:
-        """GCS, raylet and all else of the head node at once."""
-        kill([p for p in self.processes() if _session(p.pid) == self.head_pid])
-
-    def kill_all(self) -> None:
-        """Everything with the mark, until nothing is left."""
-        while found := [p for p in self.processes() if _is_running(p)]:
-            kill(found)
-            for process in (self.head, self.node):
-                if process is not None:
-                    process.poll()
-            time.sleep(0.05)
-
-    def _start(self, words: Sequence[str]) -> subprocess.Popen[bytes]:
-        """`ray start` with its log. Raises RuntimeError with the log's end when it does not come up."""
-        self._starts += 1
-        log = self.folder / f"ray-{self._starts}.log"
-        # a folder of its own for each head: Ray takes a file that a killed one left for a running cluster
-        temp = f"--temp-dir={self.folder / f'r{self._starts}'}" if "--head" in words else f"--temp-dir={self.folder / 'node'}"
-        common = ["--block", "--disable-usage-stats", "--include-log-monitor=false", f"--object-store-memory={OBJECT_STORE_BYTES}"]
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [str(RAY), "start", *words, *common, "--node-ip-address=127.0.0.1", temp],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=self.environment,
-                start_new_session=True,
-            )
-        give_up_s = time.monotonic() + START_TIMEOUT_S
-        while STARTED not in log.read_text(errors="replace"):
-            if process.poll() is not None or time.monotonic() > give_up_s:
-                raise RuntimeError(f"ray start {' '.join(words)} does not come up: {log.read_text(errors='replace')[-1500:]}")
-            time.sleep(0.05)
-        return process
+    def replace(self, name: str) -> None:
+        """Lose a node, and get another of its group."""
+        self.kill_node(self.nodes[name])
+        self.nodes[name] = self.new_node(GROUPS[name], name.split()[0])
 
 
-def kill(processes: Sequence[psutil.Process]) -> None:
-    """SIGKILL each; those that have ended already do not matter."""
-    for process in processes:
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
+def main() -> None:
+    options = arguments("vkd on nodes that are lost", every_s=20.0, seed=0, clips="wagon", keep=0)
+    under_fire(chaos, options)
 
 
-def _words(process: psutil.Process) -> list[str]:
+def chaos(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    build(str(corpus() / options.clips), str(folder / "manifest"), BuildOptions(chunk_size=8))
+    cluster = Groups(folder)
     try:
-        words: list[str] = process.cmdline()
-    except psutil.Error:
-        return []
-    return words
+        cluster.start()
+        found: dict[str, Any] = {}
+        for verb in ("label", "distill"):
+            peace_s, _ = _until_done(cluster, _run_file(folder, f"peace-{verb}"), verb, None)
+            kills = Kills(cluster, options.every_s, options.seed)
+            path = _run_file(folder, f"fire-{verb}")
+            fire_s, driver = _until_done(cluster, path, verb, kills)
+            found |= {f"{verb}: {name}": value for name, value in _told(path, verb, kills, driver).items()}
+            cost = (fire_s - peace_s) / max(1, kills.made.total())
+            found |= {f"{verb}: in peace, s": peace_s, f"{verb}: under fire, s": fire_s, f"{verb}: lost_s_per_kill": cost}
+    finally:
+        cluster.kill_all()
+    lost = sum(found[f"{verb}: lost"] for verb in ("label", "distill"))
+    return {**found, "lost": lost, "miscounted": found["distill: miscounted"]}
 
 
-def _is_running(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
+class Kills:
+    """Loses one node after another, each after a while."""
+
+    def __init__(self, cluster: Groups, every_s: float, seed: int) -> None:
+        self.cluster, self.every_s, self.random = cluster, every_s, random.Random(seed)
+        self.made, self._order = Counter[str](), list[str]()
+
+    def next(self) -> None:
+        if not self._order:
+            self._order = self.random.sample(list(GROUPS), len(GROUPS))
+        name = self._order.pop()
+        self.made[name] += 1
+        print(f"    lost: {name}", flush=True)
+        self.cluster.replace(name)
 
 
-def _session(pid: int) -> int:
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return -1
+def _until_done(cluster: Cluster, path: Path, verb: str, kills: Kills | None) -> tuple[float, Driver]:
+    """Seconds until the command has ended with success, whatever was lost meanwhile."""
+    driver, started_s = Driver(cluster, [verb, str(path)], path.with_suffix(".log")), time.monotonic()
+    due_s = started_s + (kills.every_s if kills else LIMIT_S)
+    while not driver.keep_going():
+        if time.monotonic() - started_s > LIMIT_S:
+            raise RuntimeError(f"{verb} does not end; the driver said {driver.last_words()}")
+        if kills is not None and time.monotonic() > due_s:
+            kills.next()
+            due_s += kills.every_s
+        time.sleep(0.05)
+    return time.monotonic() - started_s, driver
 
 
-def _free_port() -> int:
-    """A port below those that the system gives out by itself."""
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("no free port between 20000 and 32000")
+def _told(path: Path, verb: str, kills: Kills, driver: Driver) -> dict[str, Any]:
+    run = run_files.load_one(path)
+    found = counts(run)
+    kept: Sequence[str] = ("planned", "labelled", "rejected", "lost", "duplicates")
+    told: dict[str, Any] = {"kills": dict(kills.made), **{name: found[name] for name in kept}, "driver_starts": driver.starts}
+    told |= {"driver_ends": dict(driver.ends), "tracebacks": driver.tracebacks}
+    return told | ({"miscounted": miscounted(run)} if verb == "distill" else {})
+
+
+def _run_file(folder: Path, name: str) -> Path:
+    tree = tree_of(folder, workers=1)
+    tree["output"], tree["labels"] = str(folder / name), {"mode": "tee", "store": str(folder / f"{name}-labels")}
+    tree["data"]["clips"] = {"plan": "windows", "length_s": 1.0}
+    tree["compute"] = {
+        "profile": "cluster",
+        "decode": {"group": "decode", "workers": 2, "cpus": 1},
+        "teacher": {"group": "teacher", "actors": 1, "cpus": 1},
+        "student": {"group": "student", "workers": 1, "cpus": 1},
+    }
+    tree["recipe"]["num_examples"] = Plan.of(_parsed(tree)).num_examples
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def _parsed(tree: dict[str, Any]) -> Run:
+    return run_files.parse(yaml.safe_load(yaml.safe_dump(tree)))
+
+
+if __name__ == "__main__":
+    main()

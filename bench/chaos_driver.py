@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chaos_cluster import Cluster
 from measure import finish
+from raylets import Cluster
 
 VKD = Path(sys.executable).with_name("vkd")
 

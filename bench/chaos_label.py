@@ -28,10 +28,10 @@ from typing import Any
 
 import yaml
 from chaos_check import CHUNK_SIZE, DECODE_WORKERS, TEACHER_ACTORS, compared, counts, notes_of, tree_of
-from chaos_cluster import NUM_CPUS, Cluster, kill
 from chaos_driver import Driver, under_fire
 from chaos_teacher import num_noted
 from measure import arguments, corpus
+from raylets import NUM_CPUS, Cluster, kill
 
 from vkd import run as run_files
 from vkd.manifest import BuildOptions, build

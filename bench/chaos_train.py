@@ -26,8 +26,8 @@ import yaml
 from measure import arguments, corpus  # isort: skip  # before torch: it says how OpenMP's threads wait
 
 import torch
-from chaos_cluster import NUM_CPUS, Cluster, kill
 from chaos_driver import Driver, under_fire
+from raylets import NUM_CPUS, Cluster, kill
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -14,7 +14,18 @@ REPOSITORY = Path(__file__).parents[1]
 MODULES = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in sorted((REPOSITORY / "vkd").rglob("*.py"))}
 PURE = ("vkd.losses", "vkd.metrics", "vkd.layers", "vkd.clips", "vkd.rounds", "vkd.schema", "vkd.errors")
 ONLY_IN = {  # a library, and the modules or packages that may import it
-    "ray": ("vkd.cluster", "vkd.resources", "vkd.labelling", "vkd.beside", "vkd.training", "vkd.submit"),
+    "ray": (
+        "vkd.cluster",
+        "vkd.autoscaler",
+        "vkd.resources",
+        "vkd.execution",
+        "vkd.beside",
+        "vkd.training",
+        "vkd.preemption",
+        "vkd.trial",
+        "vkd.submit",
+        "vkd.spot_notice",
+    ),
     "decord": ("vkd.video.decode",),
     "av": ("vkd.video.decode",),
     "fsspec": ("vkd.store", "vkd.manifest", "vkd.sources", "vkd.video", "vkd.checkpoint"),
@@ -46,7 +57,7 @@ def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
 
 def test_there_is_something_to_check() -> None:
     assert {"vkd.cli", "vkd.video.decode", "vkd.recipes.kd"} <= set(MODULES)
-    assert "ray" in imports_of(MODULES["vkd.labelling"])
+    assert "ray" in imports_of(MODULES["vkd.execution"])
     assert "av" in imports_of(MODULES["vkd.video.decode"])
 
 

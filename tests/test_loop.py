@@ -96,6 +96,30 @@ def test_a_resume_is_bit_equal_to_no_interruption(
     assert_same(second, trained[0])
 
 
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_a_resume_inside_a_round_is_bit_equal_too(
+    labelled: Run, trained: tuple[Loop, list[tuple[RoundReport, Position]]], tmp_path: Path, num_steps: int
+) -> None:
+    class Crash(Exception): ...
+
+    first = loop_of(labelled)
+
+    def save_then_crash(position: Position) -> None:
+        if position.step >= num_steps:
+            assert position.batch > 0
+            small.save_checkpoint(f"{tmp_path}/attempts/1", position, first.distiller, first.optimizer)
+            raise Crash
+
+    with pytest.raises(Crash):
+        first.fit(small.feeder_of(labelled), labelled.checkpoint.every_examples, Position(), ignore, save_then_crash)
+    second = loop_of(labelled, seed=9)
+    found = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    position = checkpoint.restore(found, second.distiller, second.optimizer)
+    assert fit(labelled, second, position, ignore) == trained[1][-1][1]
+    assert_same(second, trained[0])
+
+
 def assert_same(a: Loop, b: Loop) -> None:
     torch.testing.assert_close(dict(a.distiller.state_dict()), dict(b.distiller.state_dict()), rtol=0, atol=0)
     states = [loop.optimizer.state_dict()["state"] for loop in (a, b)]

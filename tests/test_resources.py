@@ -7,17 +7,18 @@ import pytest
 from vkd import resources
 from vkd.compute import Compute
 from vkd.errors import ConfigError
+from vkd.placement import Node
 
 
 def asked(
     monkeypatch: pytest.MonkeyPatch, have: dict[str, float], compute: dict[str, object], *aliases: str, beside: bool = False
 ) -> resources.Resources:
-    monkeypatch.setattr(resources.ray, "cluster_resources", lambda: have)
+    monkeypatch.setattr(resources, "cluster_nodes", lambda: [Node(have, {})])
+    monkeypatch.setattr(resources.autoscaler, "is_on", lambda: False)
     return resources.requested(Compute.model_validate(compute), aliases or ("teacher",), beside)
 
 
 def total_cpus(found: resources.Resources) -> float:
-    assert found.decode_workers is not None
     return found.decode_workers * found.decode_cpus + sum(pool.actors * pool.cpus for pool in found.pools.values())
 
 
@@ -34,8 +35,8 @@ def test_a_laptop_is_shared_below_what_it_has(monkeypatch: pytest.MonkeyPatch, a
 def test_each_teacher_may_have_its_own_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     compute = {"teacher": {"actors": 3}, "teachers": {"big": {"actors": 1, "gpus": 4, "cpus": 2}}}
     found = asked(monkeypatch, {"CPU": 64, "GPU": 8}, compute, "big", "small")
-    assert found.pools == {"big": resources.Pool(1, 2, 4, 2), "small": resources.Pool(3, 1.5, 1.0, 1)}
-    assert found.decode_workers is None and found.num_workers == {"decode": 64, "big": 1, "small": 3}
+    assert found.pools == {"big": resources.Pool(1, 2, 4, 2, {}), "small": resources.Pool(3, 1.5, 1.0, 1, {})}
+    assert found.decode_limit is None and found.num_workers == {"decode": 64, "big": 1, "small": 3}
 
 
 def test_gpus_of_students_are_not_given_to_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,8 +49,8 @@ def test_gpus_of_students_are_not_given_to_teachers(monkeypatch: pytest.MonkeyPa
     ("compute", "where", "what"),
     [
         ({"teachers": {"nobody": {}}}, "compute.teachers.nobody", "no teacher of this name"),
-        ({"teacher": {"actors": 9, "cpus": 1}}, "compute", "at least 9.45 CPUs, the cluster has 2"),
-        ({"teacher": {"gpus": 1}}, "compute", "GPUs, the cluster has 0"),
+        ({"teacher": {"actors": 9, "cpus": 1}}, "compute.teacher", "9 teacher actors of 1 CPU each; 7 of them find no place"),
+        ({"teacher": {"gpus": 1}}, "compute.teacher", "find no place: 1 such nodes have 2 CPUs and 0 GPUs"),
         ({"student": {"workers": 2}}, "compute.student", "2 student workers take all CPUs"),
     ],
 )

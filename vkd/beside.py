@@ -110,8 +110,7 @@ class Beside:
         self.actor = kind.remote(run.model_dump(mode="json"), start)
         self.link, self.progress, self.report = RemoteLink(self.actor), progress, LabelReport()
         self.peak_window_bytes = self.handed_over_bytes = self.spilled_bytes = 0
-        self.num_cores = ray.cluster_resources()["CPU"]
-        self._looked_s = time.monotonic()
+        self.num_cores = 0.0  # the most that there ever were: nodes come and go
         self._labelled = self.actor.label.remote()
         self._ended = threading.Event()
         self._teller = threading.Thread(target=self._tell, daemon=True)
@@ -144,17 +143,12 @@ class Beside:
                 self._look()
 
     def _look(self) -> None:
-        before, now_s = self.report, time.monotonic()
+        before = self.report
+        self.num_cores = max(self.num_cores, ray.cluster_resources().get("CPU", 0.0))
         self.report, self.peak_window_bytes, self.handed_over_bytes = ray.get(self.actor.progress.remote())
         if self.report.done > before.done:
             self.progress(self.report)
-        elapsed_s, self._looked_s = max(now_s - self._looked_s, 1e-3), now_s
-        busy = {  # an actor that was started again counts from 0
-            f"busy.{name}": max(0.0, stage.busy_s - before.busy_s[name]) / (stage.num_workers * elapsed_s)
-            for name, stage in self.report.stages().items()
-        }
-        counts = {"labelled": self.report.labelled, "rejected": self.report.rejected.total(), "handed_over_bytes": self.handed_over_bytes}
-        cluster.export_metrics(busy | counts)
+        cluster.export_metrics({"handed_over_bytes": self.handed_over_bytes})
 
 
 @contextmanager

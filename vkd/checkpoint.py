@@ -37,12 +37,16 @@ WEIGHTS, OPTIMIZER, STATE, DONE, CONFIG = "model.safetensors", "optimizer.pt", "
 
 @dataclass(frozen=True)
 class Position:
-    """The next round to train, and the optimizer steps and examples done before it."""
+    """The round to train, the optimizer steps and examples done so far, and how many batches of that round are among them.
+
+    Batches are global, so a position is valid for any number of workers. Only a notice of preemption saves inside a round.
+    """
 
     epoch: int = 0
     round: int = 0
     step: int = 0
     num_examples: int = 0
+    batch: int = 0
 
 
 def new_attempt(output: str) -> str:

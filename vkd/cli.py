@@ -7,27 +7,25 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from vkd import cli_jobs, cli_labels, cli_parts
+from vkd import cli_jobs, cli_labels, cli_parts, cli_plan
 from vkd.cli_parts import Json, Overrides, RunFile
+from vkd.cli_plan import MaxCost, MaxHours, PriceFile
 from vkd.errors import ConfigError, StorageError, VkdError, redact
 
-if TYPE_CHECKING:
-    from vkd.label_report import LabelReport
-    from vkd.training import TrainReport
 
-
-def _with_more(typed: typer.Typer) -> typer.Typer:
+def _with_others(typed: typer.Typer) -> typer.Typer:
     typed.add_typer(cli_labels.app, name="labels")
     typed.add_typer(cli_jobs.app)
     typed.add_typer(cli_jobs.jobs, name="jobs")
+    typed.command()(cli_plan.plan)
     return typed
 
 
-app = _with_more(
+app = _with_others(
     typer.Typer(
         no_args_is_help=True,
         add_completion=False,
@@ -76,6 +74,9 @@ def label(
     retry_rejects: Annotated[bool, typer.Option("--retry-rejects", help="Try again what was rejected and may pass now.")] = False,
     reason: Annotated[str | None, typer.Option(help="With --retry-rejects: all rejects of this reason, and no others.")] = None,
     compact: Annotated[bool, typer.Option("--compact", help="Then put each complete shard's chunks into one file.")] = False,
+    max_hours: MaxHours = None,
+    max_cost: MaxCost = None,
+    prices: PriceFile = None,
     as_json: Json = False,
 ) -> None:
     """Let the teachers label every clip that the store lacks."""
@@ -86,8 +87,9 @@ def label(
     with cli_parts.screen(as_json, run, overrides) as screen:
         if reason is not None and not retry_rejects:
             raise ConfigError("--reason says what --retry-rejects tries again", action="add --retry-rejects")
-        fraction, loaded = _fraction(limit), load_one(run, overrides or [])
-        report = pipeline.label(loaded, screen, fraction, Retry(reason) if retry_rejects else None)
+        fraction, loaded = cli_parts.fraction("--limit", limit), load_one(run, overrides or [])
+        with cli_plan.limits(loaded, max_hours, max_cost, prices):
+            report = pipeline.label(loaded, screen, fraction, Retry(reason) if retry_rejects else None)
         screen.close()
         screen.labels(report, loaded.labels.store)
         screen.statistics(report)
@@ -98,18 +100,26 @@ def label(
         given = cli_parts.words(run, overrides)
         rest = f"vkd label {given} for the rest, or vkd distill {given} labels.allow_partial=true"
         screen.line(f"next: {rest if fraction < 1 else f'vkd distill {given}'}")
-        cli_parts.finish(as_json, _label_json(report))
+        cli_parts.finish(as_json, cli_parts.label_json(report))
 
 
 @app.command()
-def distill(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def distill(
+    run: RunFile,
+    overrides: Overrides = None,
+    max_hours: MaxHours = None,
+    max_cost: MaxCost = None,
+    prices: PriceFile = None,
+    as_json: Json = False,
+) -> None:
     """Train the student; teachers label meanwhile what the store lacks (labels.mode says whether, and what is kept)."""
     from vkd import pipeline
     from vkd.run import load_one
 
     with cli_parts.screen(as_json, run, overrides) as screen:
         loaded = load_one(run, overrides or [])
-        report = pipeline.distill(loaded, screen)
+        with cli_plan.limits(loaded, max_hours, max_cost, prices):
+            report = pipeline.distill(loaded, screen)
         screen.close()
         if report.labels is not None:
             screen.labels(report.labels, loaded.store)
@@ -117,7 +127,7 @@ def distill(run: RunFile, overrides: Overrides = None, as_json: Json = False) ->
         screen.efficiency(report)
         if loaded.data.split.by != "none":
             screen.line(f"next: vkd evaluate {cli_parts.words(run, overrides)}")
-        cli_parts.finish(as_json, _train_json(report))
+        cli_parts.finish(as_json, cli_parts.train_json(report))
 
 
 @app.command()
@@ -139,7 +149,14 @@ def evaluate(
 
 
 @app.command(name="run")
-def run_command(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def run_command(
+    run: RunFile,
+    overrides: Overrides = None,
+    max_hours: MaxHours = None,
+    max_cost: MaxCost = None,
+    prices: PriceFile = None,
+    as_json: Json = False,
+) -> None:
     """Do all of a run, or of a workflow's runs in order: manifest, label, distill, evaluate."""
     from vkd import pipeline
     from vkd.run import load
@@ -147,7 +164,8 @@ def run_command(run: RunFile, overrides: Overrides = None, as_json: Json = False
     with cli_parts.screen(as_json, run, overrides) as screen:
         results: dict[str, Any] = {}
         for loaded in load(run, overrides or []):
-            labelled, trained, measured = pipeline.run_all(loaded, screen)
+            with cli_plan.limits(loaded, max_hours, max_cost, prices):
+                labelled, trained, measured = pipeline.run_all(loaded, screen)
             screen.close()
             if labelled is not None:
                 screen.labels(labelled, loaded.store)
@@ -157,7 +175,11 @@ def run_command(run: RunFile, overrides: Overrides = None, as_json: Json = False
                 screen.retention(measured)
             screen.timings({})
             screen.line(f"results: {loaded.output}  (student/, {'evaluation.json, ' if measured else ''}run.yaml, tensorboard/)")
-            results[loaded.name] = {"label": labelled and _label_json(labelled), "distill": _train_json(trained), "evaluate": measured}
+            results[loaded.name] = {
+                "label": labelled and cli_parts.label_json(labelled),
+                "distill": cli_parts.train_json(trained),
+                "evaluate": measured,
+            }
         cli_parts.finish(as_json, results)
 
 
@@ -275,22 +297,3 @@ def _options(kind: Callable[..., Any], **values: Any) -> Any:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
         raise ConfigError(f"--{name}: {first['msg']}", action="see vkd manifest --help") from error
-
-
-def _fraction(text: str) -> float:
-    try:
-        fraction = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        fraction = -1.0
-    if not 0 < fraction <= 1:
-        raise ConfigError(f"--limit {text!r} is no share", action="write 1% or 0.01")
-    return fraction
-
-
-def _train_json(report: TrainReport) -> dict[str, Any]:
-    told = {"labels": report.labels and _label_json(report.labels), "efficiency": report.efficiency and report.efficiency.figures()}
-    return vars(report) | told
-
-
-def _label_json(report: LabelReport) -> dict[str, Any]:
-    return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(report).items()}

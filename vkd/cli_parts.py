@@ -8,12 +8,16 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vkd.console import Screen
-from vkd.errors import VkdError, redact
+from vkd.errors import ConfigError, VkdError, redact
+
+if TYPE_CHECKING:
+    from vkd.label_report import LabelReport
+    from vkd.training import TrainReport
 
 RunFile = Annotated[str, typer.Argument(metavar="RUN", help="A run file, such as jobs/demo.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.epochs=1.")]
@@ -54,3 +58,32 @@ def store_of(text: str) -> str:
 
         return load_one(text).store
     return absolute(text)
+
+
+def fraction(option: str, text: str) -> float:
+    """A share such as 1% or 0.01. Raises ConfigError that names the option."""
+    try:
+        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        found = -1.0
+    if not 0 < found <= 1:
+        raise ConfigError(f"{option} {text!r} is no share", action="write 1% or 0.01")
+    return found
+
+
+def train_json(report: TrainReport) -> dict[str, Any]:
+    """A training as JSON."""
+    told = {"labels": report.labels and label_json(report.labels), "efficiency": report.efficiency and report.efficiency.figures()}
+    return vars(report) | told
+
+
+def label_json(report: LabelReport) -> dict[str, Any]:
+    """A labelling as JSON."""
+    return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(report).items()}
+
+
+def seconds_of_this_process() -> float:
+    """How long this process is there, imports included (Linux)."""
+    with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+        started_ticks = float(stat.read().rpartition(")")[2].split()[19])
+        return float(uptime.read().split()[0]) - started_ticks / os.sysconf("SC_CLK_TCK")

@@ -8,12 +8,14 @@ import os
 import socket
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import ray
 from ray._private import internal_api, ray_logging
-from ray._private.worker import print_to_stdstream
+from ray._private.worker import filter_autoscaler_events, print_to_stdstream
 from ray.data import DataContext
 from ray.exceptions import LocalRayletDiedError, NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.train import WorkerGroupError
@@ -21,14 +23,16 @@ from ray.train.v2._internal.exceptions import RayTrainError, UserExceptionWithTr
 from ray.util.metrics import Gauge
 
 from vkd import lifeline
-from vkd.compute import Compute
+from vkd.compute import GROUP_LABEL, Compute
 from vkd.errors import ConfigError, VkdError
 
 NO_PROGRESS_TIMEOUT_S = 900
 CONNECT_TIMEOUT_S = 5.0
 NATIVE_STDERR = 2
+HEAD_RESOURCE = "node:__internal_head__"
 GAUGES: dict[str, Gauge] = {}
 LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, LocalRayletDiedError)
+AUTOSCALER_SAID: set[str] = set()
 SILENT_ACTORS = ("TrainController", "PlacementGroupCleaner", "_Labeller")
 
 
@@ -104,7 +108,22 @@ def _hide_silent_actors() -> None:
     """Show what workers print, but not what some actors say, for Ray: one warns every second that there is no dashboard."""
     dispatcher = ray_logging.global_worker_stdstream_dispatcher
     dispatcher.remove_handler("ray_print_logs")  # the name that ray.shutdown removes
-    dispatcher.add_handler("ray_print_logs", lambda data: data.get("actor_name") in SILENT_ACTORS or print_to_stdstream(data, False))
+    dispatcher.add_handler("ray_print_logs", _show)
+
+
+def _show(data: dict[str, Any]) -> None:
+    if data.get("pid") == "autoscaler":
+        _tell_of_nodes(data["lines"])
+    elif data.get("actor_name") not in SILENT_ACTORS:
+        print_to_stdstream(data, False)
+
+
+def _tell_of_nodes(lines: list[str]) -> None:
+    """What the autoscaler does, once each: it says all that it has to say again every second."""
+    for line in filter_autoscaler_events(lines):
+        if line not in AUTOSCALER_SAID and not line.startswith("Tip:"):
+            AUTOSCALER_SAID.add(line)
+            print(f"vkd: autoscaler: {line}", file=sys.stderr, flush=True)
 
 
 def spilled_bytes() -> int:
@@ -114,25 +133,40 @@ def spilled_bytes() -> int:
     return int(reply.store_stats.spilled_bytes_total)
 
 
+def nodes_by_group() -> dict[str, int]:
+    """How many nodes of each group are alive; the head counts as the group `head`, and nothing before Ray is there."""
+    if not ray.is_initialized():
+        return {}
+    groups = (
+        node["Labels"].get(GROUP_LABEL) or ("head" if HEAD_RESOURCE in node["Resources"] else "") for node in ray.nodes() if node["Alive"]
+    )
+    return dict(Counter(groups))
+
+
 def export_metrics(figures: Mapping[str, float]) -> None:
-    """Show figures to Prometheus, as gauges `ray_vkd_<name>`."""
+    """Show figures to Prometheus, as gauges `ray_vkd_<name>`; to nobody where there is no Ray."""
+    if not ray.is_initialized():
+        return
     for name, value in figures.items():
         if name not in GAUGES:
             GAUGES[name] = Gauge(f"vkd_{name.replace('.', '_')}", description=f"vkd: {name}")
         GAUGES[name].set(value)
 
 
-def labelling_context(max_bytes: int, paced: bool) -> DataContext:
+def labelling_context(max_bytes: int, gpus: float, paced: bool) -> DataContext:
     """Settings of a labelling execution: whole chunks as blocks, bounded frames in flight, a limit without progress.
 
-    No such limit when it is `paced` by training: it waits then as long as a round takes.
+    No such limit when it is `paced` by training: it waits then as long as a round takes. `gpus` is what its actors ask for: Ray
+    Data calls for one more node of every kind while its GPUs are busy, as they should be.
     """
     context = DataContext.get_current()
     context.target_max_block_size = None
     context.execution_no_progress_timeout_s = -1 if paced else NO_PROGRESS_TIMEOUT_S
     context.max_errored_blocks = 0
     context.raise_original_map_exception = True  # else only the text of what a worker raises comes back
-    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(object_store_memory=max_bytes)
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        gpu=gpus or None, object_store_memory=max_bytes
+    )
     return context
 
 
@@ -142,7 +176,7 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _drop_iterators(error)
+        let_go(error)
         cause = _cause(error) if isinstance(error, RayError | RayTrainError) else None
         if isinstance(cause, VkdError):
             raise cause from None
@@ -158,7 +192,7 @@ def _lost(error: BaseException) -> VkdError:
     return VkdError(f"{whose} process died again and again, and is not started any more", action=action)
 
 
-def _drop_iterators(error: BaseException | None) -> None:
+def let_go(error: BaseException | None) -> None:
     """Let go of the datasets and actors that an error's frames hold: actors end then, and ending an execution would start Ray anew."""
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):

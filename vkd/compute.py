@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from vkd.video.settings import MIN_MEMORY_BYTES, Limits
 
+LABEL = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"  # what Ray takes as the value of a label
+GROUP_LABEL = "vkd-group"  # of the nodes in cluster.yaml and cluster/
+ACCELERATOR_LABEL = "ray.io/accelerator-type"  # Ray finds it out by itself
+
 
 class Part(BaseModel):
     """A section of a run file."""
@@ -16,8 +20,29 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Decode(Part):
-    """Decode tasks: how many at once (none: as many as the cluster holds), CPUs each asks for, the decoder, its limits.
+class Placed(Part):
+    """Workers that run on the nodes of a `group` of the cluster, those labelled `vkd-group: <group>`; none: on any node."""
+
+    group: str | None = Field(default=None, pattern=LABEL)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What a node must carry."""
+        return {GROUP_LABEL: self.group} if self.group else {}
+
+
+class OnDevice(Placed):
+    """Workers that may also ask for a kind of accelerator, such as L4, A100 or H100."""
+
+    accelerator: str | None = Field(default=None, pattern=LABEL)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return super().labels | ({ACCELERATOR_LABEL: self.accelerator} if self.accelerator else {})
+
+
+class Decode(Placed):
+    """Decode tasks: how many at once (none: as many as the nodes hold), CPUs each asks for, the decoder, its limits.
 
     A video may take `deadline_s`, and `deadline_s_per_video_s` more for each second of it; its decoder `max_memory_bytes`.
     """
@@ -34,7 +59,7 @@ class Decode(Part):
         return Limits(self.deadline_s, self.deadline_s_per_video_s, self.max_memory_bytes)
 
 
-class TeacherPool(Part):
+class TeacherPool(OnDevice):
     """Teacher actors: how many, and what each asks for. None: what the profile gives."""
 
     actors: int | None = Field(default=None, ge=1)
@@ -42,7 +67,7 @@ class TeacherPool(Part):
     gpus: float | None = Field(default=None, ge=0)
 
 
-class StudentGroup(Part):
+class StudentGroup(OnDevice):
     """Student training: `workers: 0` trains in the driver; n starts a Ray Train group of n, [n, m] one of n to m, as nodes come and go.
 
     A rank that makes no step and waits for no data for `stalled_s` is taken for hung, and the group starts anew.

@@ -58,6 +58,12 @@ class ConfigError(VkdError):
     exit_code = 2
 
 
+class BudgetSpent(VkdError):
+    """A run has taken as long, or cost as much, as its user allowed."""
+
+    exit_code = 4
+
+
 class ManifestError(VkdError):
     """The manifest must be rebuilt, or another one named."""
 

@@ -95,16 +95,17 @@ class Feeder:
         """Rows of this split in each chunk of the plan."""
         return [len(rows) for rows in self.rows]
 
-    def stream(self, rounds: Sequence[Round], batch_size: int, seed: int) -> Iterator[Fed]:
-        """Every batch of the rounds, in order; the next round is read while this one trains. Adds to `wait_s`."""
+    def stream(self, rounds: Sequence[Round], batch_size: int, seed: int, skip: int = 0) -> Iterator[Fed]:
+        """Every batch of the rounds, in order, less the first `skip`; the next round is read while this one trains. Adds to `wait_s`."""
         pending: deque[_Pending] = deque()
         with ThreadPoolExecutor(NUM_THREADS) as readers, ThreadPoolExecutor(NUM_THREADS) as makers, self._stopped_after():
             ahead = self._read_ahead(rounds, readers)
             for round_, chunks in ahead:
                 batches = batches_of_round(self.rows, round_, batch_size, seed)
-                for number, batch in enumerate(batches):
+                first = skip if round_ is rounds[0] else 0
+                for number, batch in enumerate(batches[first:], first):
                     mine = rank_slice(batch, self.rank, self.world_size)
-                    reads = chunks.values() if number == 0 and self.world_size > 1 else ()
+                    reads = chunks.values() if number == first and self.world_size > 1 else ()
                     made = makers.submit(self._batch, mine, chunks, round_.epoch % self.run.data.views.count)
                     pending.append(_Pending(round_, len(batch), number == len(batches) - 1, len(mine), made, reads))
                     if len(pending) == READ_AHEAD_BATCHES:

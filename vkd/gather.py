@@ -30,6 +30,14 @@ def of_rank_0(text: str | None) -> str | None:
     return told[0]
 
 
+def of_all(text: str) -> list[str]:
+    """What each rank says, by rank."""
+    told = [text] * world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(told, text)
+    return told
+
+
 def rows_over_ranks(x: Tensor) -> Tensor:
     """The rows of all ranks, in rank order, of each rank's x [n, ...]; n may differ between ranks, and be 0.
 

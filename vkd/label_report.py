@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Any
 from vkd import stages
 from vkd.efficiency import Stage
 from vkd.metrics.label_statistics import Statistics, pooled
+
+LOOK_S = 1.0
 
 
 @dataclass
@@ -54,6 +57,23 @@ class LabelReport:
             self.fidelity[name] = _worst(self.fidelity.get(name, measured), measured)
         for name, told in stats["statistics"].items():
             self.statistics[name] = pooled(self.statistics[name], told) if name in self.statistics else told
+
+
+class Rates:
+    """A labelling's figures as they go: how busy each stage was since the last look, and what is done."""
+
+    def __init__(self) -> None:
+        self._looked_s, self._busy_s = time.monotonic(), Counter[str]()
+
+    def of(self, report: LabelReport) -> dict[str, float]:
+        """Nothing when the last look was just now."""
+        elapsed_s = time.monotonic() - self._looked_s
+        if elapsed_s < LOOK_S:
+            return {}
+        stages = report.stages().items()
+        busy = {f"busy.{name}": min(1.0, (s.busy_s - self._busy_s[name]) / (s.num_workers * elapsed_s)) for name, s in stages}
+        self._looked_s, self._busy_s = self._looked_s + elapsed_s, Counter(report.busy_s)
+        return busy | {"labelled": report.labelled, "rejected": report.rejected.total()}
 
 
 def _worst(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:

@@ -1,42 +1,33 @@
-"""Labelling on Ray Data: chunks -> decode -> teach -> commit. Each stage commits what it makes, one chunk at a time."""
+"""Labelling: what a store lacks is decoded, taught and committed, one chunk at a time, in one execution or, after losses, several."""
 
 from __future__ import annotations
 
-import json
+import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
 from typing import Any
 
-import pyarrow as pa
-import ray
-from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask, TaskPoolStrategy
-from ray.data.block import BlockMetadata
-from ray.util.annotations import RayDeprecationWarning
-
-from vkd import cluster, planning, resources, stages, status, worklist
+from vkd import cluster, execution, planning, resources, stages, status, worklist
 from vkd.clips import ViewPolicy, assign_splits
 from vkd.compute import Compute
-from vkd.errors import ConfigError, ManifestError, VideoError, VkdError
-from vkd.label_report import LabelReport
+from vkd.errors import ConfigError, ManifestError, VideoError
+from vkd.label_report import LabelReport, Rates
 from vkd.manifest import Manifest
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.resources import Resources
 from vkd.rounds import Chunk
 from vkd.run import Run
-from vkd.schema import FRAMES, URI, Columns
-from vkd.stages import ITEM, STATS, Item, Job
+from vkd.schema import FRAMES, URI
+from vkd.stages import Item, Job
 from vkd.store import files, housekeeping, leases
 from vkd.store.labelset import LabelSet, LabelSetSpec
 from vkd.teachers.base import Teacher
-from vkd.teaching import Teach
 from vkd.window import Link
 from vkd.worklist import Retry
 
-MAX_RETRIES = 3  # Ray's own default is without end
+REPLACED_S = 180.0  # for nodes that take the place of lost ones
 Progress = Callable[[LabelReport], None]
 
 
@@ -50,8 +41,15 @@ def label(run: Run, chunks: Sequence[Chunk], progress: Progress, retry: Retry | 
     items = worklist.missing_items(store, range(num_views), specs, chunks)
     items += [] if retry is None else worklist.retry_items(store, num_views, specs, chunks, retry)
     report = LabelReport(planned=sum(plan.examples(c).num_rows for c in chunks) * num_views)
-    report.present = report.planned - sum(worklist.num_rows(plan, item) for item in items)
+    report.present = report.planned - worklist.total_rows(plan, items)
     return _perform(run, _job(run, plan, specs, teachers, items), report, progress)
+
+
+def label_plan(run: Run, plan: Plan, progress: Progress) -> LabelReport:
+    """Label all examples of a plan that need not be the run's own: view 0 of each."""
+    _, teachers, specs = _planned(run)
+    items = worklist.missing_items(run.store, range(1), specs, plan.chunks)
+    return _perform(run, _job(run, plan, specs, teachers, items), LabelReport(planned=plan.num_examples), progress)
 
 
 def lacks_for_training(run: Run, start: tuple[int, int]) -> bool:
@@ -68,12 +66,18 @@ def label_for_training(run: Run, start: tuple[int, int], link: Link, progress: P
         for label_set in filter(None, (LabelSet.find(run.store, spec) for spec in specs.values())):
             housekeeping.drop_others(label_set, left)
     items = worklist.training_items(run, plan, specs, start)
-    num_lacking = sum(worklist.num_rows(plan, item) for item in items)
+    num_lacking = worklist.total_rows(plan, items)
     report = LabelReport(planned=num_lacking if run.labels.mode == "live" else plan.num_examples * run.data.views.count)
     report.present = report.planned - num_lacking
     if items:
         link.trained(items[0].round - 1)
     return _perform(run, replace(_job(run, plan, specs, teachers, items), link=link), report, progress)
+
+
+def checked(run: Run) -> tuple[Plan, dict[str, LabelSetSpec]]:
+    """What a run would label, refused where labelling would refuse it."""
+    plan, _, specs = _planned(run)
+    return plan, specs
 
 
 def _planned(run: Run) -> tuple[Plan, dict[str, Teacher], dict[str, LabelSetSpec]]:
@@ -86,7 +90,7 @@ def _planned(run: Run) -> tuple[Plan, dict[str, Teacher], dict[str, LabelSetSpec
 
 def _perform(run: Run, job: Job, report: LabelReport, progress: Progress) -> LabelReport:
     """Do all items of a job."""
-    started_s = time.monotonic()
+    started_s, rates = time.monotonic(), Rates()
     if job.items:
         planned = report.planned // job.num_views if job.link is None else job.plan.num_examples
         for spec in job.specs.values():
@@ -99,14 +103,13 @@ def _perform(run: Run, job: Job, report: LabelReport, progress: Progress) -> Lab
             cluster.worker_errors(),
         ):
             report.other_drivers = others
-            asked = _free(job, run.compute)
-            report.pools = asked.num_workers
             paced = run.labels.mode == "live"  # by training, which reads in order, and from a store that nobody shares
             items = job.items if paced else leases.in_turn(job.items, others)
-            for stats in _execute(replace(job, items=items), asked, paced):
+            for stats in _in_spite_of_losses(replace(job, items=items), run.compute, report, paced):
                 report.add(stats)
                 report.wall_s = time.monotonic() - started_s
                 progress(report)
+                cluster.export_metrics(rates.of(report))
                 _check_rejects(report, run.data.max_reject_fraction)
     report.wall_s = time.monotonic() - started_s
     return report
@@ -155,98 +158,41 @@ def _job(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec], teachers: Mapp
     return Job(plan, views, how, run.store, run.recipe.teachers, specs, column, items, run.data.views.count)
 
 
-def _free(job: Job, compute: Compute) -> Resources:
-    """What the job asks for, once it is free."""
-    asked = resources.requested(compute, list(job.teachers), beside_training=job.link is not None)
-    resources.wait_until_free(asked)
-    return asked
-
-
-def _execute(job: Job, asked: Resources, paced: bool) -> Iterator[dict[str, Any]]:
-    """The labelling execution; yields the statistics of each chunk as it is committed."""
-    num_workers = asked.num_workers
-    frame_bytes = sum(s.num_frames * s.size_px**2 * 3 for s in job.decoding.samplings) * job.plan.chunk_size
-    cluster.labelling_context(frame_bytes * 4 * sum(num_workers.values()), paced)
-    with warnings.catch_warnings():
-        # 2.60 knows bounds on retries only as `ray_remote_args`, which it calls deprecated, and retries without end by default
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        dataset = _dataset(replace(job, decoding=job.decoding.share(num_workers[stages.DECODE])), asked)
-    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-        yield from (json.loads(text) for text in batch[STATS])
-
-
-def _dataset(job: Job, asked: Resources) -> Dataset:
-    """items -> decode -> one pool of actors a teacher; not yet started."""
-    shared = ray.put(job)
-    num_items = len(job.items)
-    dataset = ray.data.read_datasource(
-        _Items(num_items), override_num_blocks=num_items, num_cpus=asked.decode_cpus, ray_remote_args={"max_retries": MAX_RETRIES}
-    )
-    dataset = dataset.map_batches(
-        partial(_decode_stage, shared),
-        batch_size=None,
-        compute=TaskPoolStrategy(asked.decode_workers),
-        num_cpus=asked.decode_cpus,
-        max_retries=MAX_RETRIES,
-    )
-    *_, last = job.teachers
-    for alias, pool in asked.pools.items():
-        dataset = dataset.map_batches(
-            _TeachStage,
-            fn_constructor_args=(shared, alias, pool.threads, alias == last),
-            batch_size=None,
-            compute=ActorPoolStrategy(size=pool.actors),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus,
-            max_restarts=MAX_RETRIES,
-            max_task_retries=MAX_RETRIES,
-        )
-    return dataset
-
-
-class _Items(Datasource):  # type: ignore[misc]  # Ray is untyped
-    """One block of one row per item: its number. One item stays one block from here to the store."""
-
-    def __init__(self, num_items: int) -> None:
-        super().__init__()
-        self.num_items = num_items
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=1, size_bytes=8, input_files=None, exec_stats=None)
-        return [ReadTask(partial(_item_block, i), metadata) for i in range(self.num_items)]
-
-
-def _item_block(number: int) -> list[pa.Table]:
-    return [pa.table({ITEM: pa.array([number], pa.int64())})]
-
-
-@lru_cache(maxsize=1)
-def _job_of(shared: ray.ObjectRef) -> Job:
-    job: Job = ray.get(shared)
-    return job
-
-
-def _decode_stage(shared: ray.ObjectRef, batch: Columns) -> Columns:
-    return stages.decode(_job_of(shared), batch)
-
-
-class _TeachStage:
-    """A teacher in an actor. What its start raises is kept for the first call: of a constructor Ray hands on only the text."""
-
-    def __init__(self, shared: ray.ObjectRef, alias: str, num_threads: int, last: bool) -> None:
-        self.teach: Teach | VkdError
+def _free(job: Job, compute: Compute, patience_s: float) -> Resources:
+    """What the job asks for, once it is free; nodes that were lost have so long to be replaced."""
+    deadline_s = time.monotonic() + patience_s
+    while True:
         try:
-            self.teach = Teach(_job_of(shared), alias, num_threads, last)
-        except VkdError as error:
-            self.teach = error
+            asked = resources.requested(compute, list(job.teachers), beside_training=job.link is not None)
+            resources.wait_until_free(asked)
+            return asked
+        except ConfigError:
+            if time.monotonic() > deadline_s:
+                raise
+        time.sleep(1.0)
 
-    def __call__(self, batch: Columns) -> Columns:
-        if isinstance(self.teach, VkdError):
-            raise self.teach
-        return self.teach(batch)
+
+def _in_spite_of_losses(job: Job, compute: Compute, report: LabelReport, paced: bool) -> Iterator[dict[str, Any]]:
+    """The labelling execution, again for what is left when nodes or actors are lost for good, as long as it gets on."""
+    patience_s = 0.0
+    while True:
+        asked = _free(job, compute, patience_s)
+        report.pools = asked.num_workers
+        done = report.done
+        try:
+            yield from execution.execute(job, asked, paced)
+            return
+        except cluster.LOST as error:
+            left = [item for item in job.items if stages.still_lacking(job, item)]
+            committed = sum(worklist.num_rows(job.plan, item) for item in job.items) - sum(
+                worklist.num_rows(job.plan, item) for item in left
+            )
+            if len(left) == len(job.items):
+                raise
+            cluster.let_go(error)
+        report.elsewhere += max(0, committed - (report.done - done))  # those who died had not told yet
+        job, patience_s = replace(job, items=left), REPLACED_S
+        print(f"vkd: nodes or actors were lost; {len(left)} chunks are left to label", file=sys.stderr, flush=True)
 
 
 def _check_rejects(report: LabelReport, max_fraction: float) -> None:

@@ -46,17 +46,23 @@ class Loop:
         self.to_device = ToDevice(device)
         self.watch: Callable[[Fed, int, int], None] | None = None  # sees each step's input, its number and their total, and changes nothing
 
-    def fit(self, feeder: Feeder, every_examples: int, position: Position, on_round: Callable[[RoundReport, Position], None]) -> Position:
-        """Train from `position` to the end; `on_round` is called on every rank once a round is trained."""
+    def fit(
+        self,
+        feeder: Feeder,
+        every_examples: int,
+        position: Position,
+        on_round: Callable[[RoundReport, Position], None],
+        on_step: Callable[[Position], None] = lambda _: None,
+    ) -> Position:
+        """Train from `position` to the end; on every rank `on_round` is called once a round is trained, `on_step` after any other step."""
         train = self.train
         total = num_steps(feeder.sizes, train.epochs, every_examples, train.batch_size, train.seed)
         left = list(rounds_from(feeder.sizes, (position.epoch, position.round), train.epochs, every_examples, train.seed))
         model = _parallel(self.distiller, self.device)
         self.distiller.train()
         meter = _Meter(feeder)
-        for fed in feeder.stream(left, train.batch_size, train.seed):
-            if meter.fresh:
-                torch.manual_seed(_seed(train.seed, fed.round.epoch, fed.round.index, feeder.rank))
+        for fed in feeder.stream(left, train.batch_size, train.seed, position.batch):
+            torch.manual_seed(_seed(train.seed, position.step, feeder.rank))  # a start from here draws the same
             if self.watch is not None:
                 self.watch(fed, position.step, total)
             rate = learning_rate(position.step, total, train)
@@ -65,6 +71,8 @@ class Loop:
             position = _after(position, fed)
             if fed.last:
                 on_round(meter.report(fed, position.step, total, rate), position)
+            else:
+                on_step(position)
         return position
 
     def _step(self, model: nn.Module, fed: Fed, rate: float) -> dict[str, Tensor]:
@@ -89,14 +97,13 @@ class _Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self.fresh, self.started_s, self.waited_s = True, time.monotonic(), self.feeder.wait_s
+        self.started_s, self.waited_s = time.monotonic(), self.feeder.wait_s
         self.names: list[str] = []  # of every loss of every step, with its mean, and the examples of the step
         self.means: list[Tensor] = []
         self.counts: list[int] = []
         self.num_examples = 0
 
     def add(self, losses: dict[str, Tensor], num_examples: int) -> None:
-        self.fresh = False
         self.names += losses
         self.means += losses.values()
         self.counts += [num_examples] * len(losses)
@@ -130,8 +137,10 @@ def learning_rate(step: int, total: int, train: Train) -> float:
 
 def _after(position: Position, fed: Fed) -> Position:
     """The position after one step; the round number moves on when the round ends. (epoch, round) past the end are simply not there."""
-    next_round = fed.round.index + (1 if fed.last else 0)
-    return Position(fed.round.epoch, next_round, position.step + 1, position.num_examples + fed.num_examples)
+    done = position.step + 1, position.num_examples + fed.num_examples
+    if fed.last:
+        return Position(fed.round.epoch, fed.round.index + 1, *done)
+    return Position(fed.round.epoch, fed.round.index, *done, position.batch + 1)
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> Sequence[dict[str, object]]:

@@ -6,12 +6,13 @@ import json
 from contextlib import nullcontext
 from typing import Any, Protocol
 
-from vkd import claim, cluster, evaluation, labelling, manifest, planning, training
+from vkd import claim, cluster, evaluation, labelling, manifest, planning, preflight, training
 from vkd.errors import ConfigError
 from vkd.label_report import LabelReport
 from vkd.loop import RoundReport
 from vkd.manifest import BuildOptions
 from vkd.planning import Plan
+from vkd.preflight import PlanReport
 from vkd.run import Run
 from vkd.store import files
 from vkd.training import TrainReport
@@ -26,6 +27,18 @@ class Watcher(Protocol):
     def probed(self, done: int, total: int) -> None: ...
     def labelled(self, report: LabelReport) -> None: ...
     def trained(self, report: RoundReport) -> None: ...
+
+
+def plan(run: Run, watch: Watcher, fraction: float, before_s: float = 0.0) -> PlanReport:
+    """Check every part of the run, measure a sample of its clips, and say what the whole takes. Writes no labels.
+
+    `before_s` is what a command takes before it comes here.
+    """
+    check_decoder()
+    planning.student_sampling(run)
+    build_manifest(run, watch)
+    watch.stage("plan")
+    return preflight.preflight(run, fraction, watch.labelled, before_s)
 
 
 def label(run: Run, watch: Watcher, fraction: float = 1.0, retry: Retry | None = None) -> LabelReport:

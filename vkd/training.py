@@ -18,7 +18,7 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
-from vkd import checkpoint, claim, cluster, gather, heartbeat, planning, teacher_use
+from vkd import checkpoint, claim, cluster, gather, heartbeat, planning, preemption, resources, teacher_use
 from vkd import run as run_files
 from vkd.beside import Beside, labelling_beside
 from vkd.board import Board
@@ -30,6 +30,7 @@ from vkd.label_report import LabelReport
 from vkd.labelling import Progress
 from vkd.loop import Loop, RoundReport, as_metrics
 from vkd.planning import Plan
+from vkd.preemption import Notice
 from vkd.rounds import Round, rounds_from
 from vkd.run import Run
 from vkd.schema import TRAIN
@@ -104,7 +105,7 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
     """One rank's training, from the newest checkpoint to the export; `link` leads to a labelling that runs beside."""
     rank, world_size = gather.world()
     plan, sets = _plan_and_sets(run, link)
-    loop = _loop(run, plan, {alias: label_set.spec for alias, label_set in sets.items()})
+    loop = new_loop(run, plan, {alias: label_set.spec for alias, label_set in sets.items()})
     feeder = Feeder(run, plan, sets, TRAIN, rank, world_size, beat=beat)
     if not sum(feeder.sizes):
         raise ConfigError("no example is left to train on", where="data.split", action="hold out less, or add videos")
@@ -115,20 +116,23 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
     found = gather.of_rank_0(checkpoint.newest(run.output))
     position = checkpoint.restore(found, loop.distiller, loop.optimizer) if found else Position()
     use = teacher_use.watched(loop, run, position.step)
+    nodes = preemption.nodes_of_ranks()
     if rank != 0:
         loop.fit(feeder, run.checkpoint.every_examples, position, lambda report, _: on_round(report))
         return
     board = Board(run.output, position.step + 1)
-    with closing(board), _Chief(run, attempt, loop, feeder, link) as chief:
+    with closing(board), closing(Notice(nodes)) as notice, _Chief(run, attempt, loop, feeder, link) as chief:
 
         def after_round(report: RoundReport, reached: Position) -> None:
             board.add(as_metrics(report) | use.metrics(), reached.step)
             chief.after_round(report, reached, board)
             use.save(run.output)
+            cluster.export_metrics({"data_wait": report.wait_fraction, "trained_per_s": report.examples_per_s})
             on_round(report)
 
         started_s, started_cpu_s, before = time.monotonic(), time.process_time(), position
-        position = loop.fit(feeder, run.checkpoint.every_examples, position, after_round)
+        on_step = partial(chief.after_step, notice)
+        position = loop.fit(feeder, run.checkpoint.every_examples, position, after_round, on_step)
     told = {"elapsed_s": time.monotonic() - started_s, "wait_s": feeder.wait_s, "cpu_s": time.process_time() - started_cpu_s}
     told |= {"num_examples": position.num_examples - before.num_examples, "world_size": world_size}
     files.put(files.join(run.output, STUDENT_TIME), json.dumps(told).encode())
@@ -162,6 +166,13 @@ class _Chief:
         if self.link is not None:
             self.link.trained(number)
 
+    def after_step(self, notice: Notice, reached: Position) -> None:
+        """A step inside a round is done: it is saved when a node of the group is about to go."""
+        if notice():
+            print(f"vkd: a node is being taken away; saving after step {reached.step}", file=sys.stderr, flush=True)
+            contents = checkpoint.snapshot(reached, self.loop.distiller, self.loop.optimizer)
+            self.saver.submit(partial(checkpoint.save, self.attempt, reached.step, contents))
+
     def _save(self, step: int, contents: Mapping[str, bytes], round_: Round, board: Board) -> None:
         checkpoint.save(self.attempt, step, contents)
         board.put()
@@ -182,7 +193,7 @@ def export_newest(run: Run, folder: str, best: bool = False) -> int:
     specs = planning.label_specs(run, planning.build_teachers(run.recipe.teachers))
     partial = run.labels.mode == "stored" and run.labels.allow_partial
     plan = open_sets(run, Plan.of(run))[0] if partial else Plan.of(run)
-    loop = _loop(run, plan, specs)
+    loop = new_loop(run, plan, specs)
     position = checkpoint.restore(found, loop.distiller, loop.optimizer)
     _export(run, loop, {spec.name for spec in specs.values()}, position, folder)
     return position.step
@@ -196,7 +207,7 @@ def _plan_and_sets(run: Run, link: Link | None) -> tuple[Plan, Mapping[str, Labe
     return Plan.of(run), {alias: Awaited(run.store, spec, link) for alias, spec in specs.items()}
 
 
-def _loop(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec]) -> Loop:
+def new_loop(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec]) -> Loop:
     """The run's untrained loop, the same on every rank."""
     emits = {alias: spec.tensors for alias, spec in specs.items()}
     torch.manual_seed(run.train.seed)
@@ -210,12 +221,7 @@ def _export(run: Run, loop: Loop, label_sets: Collection[str], position: Positio
 
 
 def _fit_group(run: Run, attempt: str, link: Link | None) -> None:
-    asked = run.compute.student
-    have = ray.cluster_resources()
-    for kind, each in (("CPU", asked.cpus), ("GPU", asked.gpus)):
-        if asked.min_workers * each > have.get(kind, 0) + 1e-6:
-            what = f"{asked.min_workers} workers need {asked.min_workers * each:g} {kind}s, the cluster has {have.get(kind, 0):g}"
-            raise ConfigError(what, where="compute.student", action=f"lower compute.student.workers or compute.student.{kind.lower()}s")
+    resources.check_students(run.compute.student)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for the next check: 2 s by default
     while True:
         before = checkpoint.newest(run.output)
@@ -231,7 +237,8 @@ def _fit_group(run: Run, attempt: str, link: Link | None) -> None:
 def _trainer(run: Run, attempt: str, link: Link | None) -> TorchTrainer:
     asked = run.compute.student
     each_worker = {"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {})
-    scaling = ScalingConfig(num_workers=asked.workers, use_gpu=asked.gpus > 0, resources_per_worker=each_worker)
+    where = asked.labels or None
+    scaling = ScalingConfig(num_workers=asked.workers, use_gpu=asked.gpus > 0, resources_per_worker=each_worker, label_selector=where)
     ray_run = RunConfig(
         name=os.path.basename(attempt),
         storage_path=files.join(run.output, "ray_train"),

@@ -90,6 +90,11 @@ def num_rows(plan: Plan, item: Item) -> int:
     return len({row for rows in item.redo.values() for row in rows}) if item.redo else plan.examples(item.chunk).num_rows
 
 
+def total_rows(plan: Plan, items: Iterable[Item]) -> int:
+    """Examples that items are about."""
+    return sum(num_rows(plan, item) for item in items)
+
+
 def _missing(store: str, spec: LabelSetSpec, view: int, chunks: Sequence[Chunk]) -> set[Chunk]:
     found = LabelSet.find(store, spec)
     return set(chunks) if found is None else set(found.missing(view, chunks))
