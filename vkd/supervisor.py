@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FINAL = (0, 2, 4, 130)  # done, the user must edit something, the budget is spent, interrupted: a new start would change nothing
+FINAL = (0, 2, 4, 130)  # done, the user must edit something, the budget is spent, interrupted: another start would change nothing
 BY_SIGNAL = 128  # as a shell, 128 + n stands for signal n
 PR_SET_PDEATHSIG = 1
 LOOK_S = 0.1
