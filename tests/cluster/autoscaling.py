@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
@@ -43,10 +44,10 @@ def node_type(group: str, cpus: int, max_workers: int) -> dict[str, Any]:
 class AutoscalingHead:
     """The head without CPUs, and the autoscaler beside it."""
 
-    def __init__(self, folder: Path, node_types: dict[str, Any]) -> None:
-        self.folder, self.port = folder, _free_port()
+    def __init__(self, node_types: dict[str, Any]) -> None:
+        self.folder, self.port = Path(tempfile.mkdtemp(prefix="vkd")), _free_port()  # Ray's sockets want a short path
         self.address = f"127.0.0.1:{self.port}"
-        self.config = folder / "autoscaling.json"
+        self.config = self.folder / "autoscaling.json"
         self.config.write_text(json.dumps(_config(self.address, node_types)))
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -91,13 +92,12 @@ class AutoscalingHead:
 
     def __exit__(self, *_: object) -> None:
         assert self.process is not None
-        ours = self._processes()
-        self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-        for process in ours:
+        for process in self._processes():
             with suppress(psutil.Error):
-                process.send_signal(signal.SIGKILL)
+                process.kill()
+        self.process.kill()
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _processes(self) -> list[psutil.Process]:
         """All that the head started, the raylets of its nodes among them: they have its temporary folder in their words."""

@@ -10,19 +10,18 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import harness
 import pytest
 from autoscaling import AutoscalingHead, node_type
-from e2e import harness
 
 GROUPS = {"decode": 2, "teacher": 2, "student": 1}
 LIMIT_S = 150.0
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AutoscalingHead]:
-    folder = tmp_path_factory.mktemp("autoscaling")
+def head() -> Iterator[AutoscalingHead]:
     types = {group: node_type(group, 2 if group == "decode" else 1, most) for group, most in GROUPS.items()}
-    with AutoscalingHead(folder, types) as started:
+    with AutoscalingHead(types) as started:
         yield started
 
 
@@ -51,6 +50,7 @@ def vkd(head: AutoscalingHead, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen([str(harness.VKD), *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_a_group_that_no_node_has_is_refused(head: AutoscalingHead, videos: Path, tmp_path: Path) -> None:
     started = vkd(head, "label", str(run_file(tmp_path, videos, teacher="nobody")))
     said, _ = started.communicate(timeout=LIMIT_S)
@@ -59,6 +59,7 @@ def test_a_group_that_no_node_has_is_refused(head: AutoscalingHead, videos: Path
     assert "Traceback" not in said
 
 
+@pytest.mark.slow  # a minute
 def test_nodes_come_for_a_run_and_go_after_it(head: AutoscalingHead, videos: Path, tmp_path: Path) -> None:
     started, began_s, seen = vkd(head, "distill", str(run_file(tmp_path, videos))), time.monotonic(), list[Counter[str]]()
     said = ""
