@@ -21,14 +21,17 @@ def tree(tmp_path: Path) -> small.Tree:
     return small.tree_of(tmp_path)
 
 
-@pytest.mark.parametrize("path", sorted(JOBS.glob("*.yaml")), ids=lambda path: path.name)
+RUNS = sorted(path for path in JOBS.glob("*.yaml") if path.name != "runtime_env.yaml")
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_every_shipped_job_loads(path: Path) -> None:
     for run in load(path):
         assert parse(yaml.safe_load(dump(run))) == run
 
 
 def test_there_are_shipped_jobs() -> None:
-    assert list(JOBS.glob("*.yaml"))
+    assert len(RUNS) >= 4
 
 
 def test_what_is_left_out_has_its_default(tree: small.Tree) -> None:

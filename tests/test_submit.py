@@ -20,7 +20,7 @@ import pytest
 import small
 import yaml
 
-from vkd import cli, run, submit, upload
+from vkd import cli, submit, upload
 from vkd.errors import ConfigError
 from vkd.jobs import Job, Log
 from vkd.submission import Submission, prepare
@@ -28,7 +28,6 @@ from vkd.submit import Cluster, NoCluster, package
 
 REPOSITORY = Path(__file__).parents[1]
 BUCKET = "s3://bucket"
-JOB_FILES = [path for path in sorted((REPOSITORY / "jobs").glob("*.yaml")) if path.name != "runtime_env.yaml"]
 SMOKE = ["output=s3://mine/out", "data.manifest=s3://mine/manifest", "labels.store=s3://mine/labels"]
 Main = Callable[..., tuple[int, str, str]]
 
@@ -598,11 +597,6 @@ def test_jobs_are_listed_and_stopped(project: Path, main: Main, client: Client) 
 
 
 # the files that are shipped
-
-
-@pytest.mark.parametrize("path", JOB_FILES, ids=lambda path: path.name)
-def test_every_job_file_is_a_run(path: Path) -> None:
-    assert run.load(path)
 
 
 @pytest.mark.parametrize("name", ["smoke.yaml", "kd.yaml"])

@@ -58,7 +58,7 @@ def until(happened: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("code", [0, 2, 130])
+@pytest.mark.parametrize("code", [0, 2, 4, 130])
 def test_what_ended_for_good_is_not_started_again(tmp_path: Path, code: int) -> None:
     assert finish(start(tmp_path, f"raise SystemExit({code})")) == (code, [])
     assert len(starts(tmp_path)) == 1

@@ -139,7 +139,7 @@ def _follow(shown: Screen, cluster: Cluster, job_id: str, address: str | None, a
         raise JobEnded(job.code, f"job {job_id} was stopped; what is committed is kept", action=again)
     if job.code:
         why = f": {job.message.strip().splitlines()[0]}" if job.exit_code is None and job.message.strip() else ""
-        raise JobEnded(job.code, f"job {job_id} {_how(job)}{why}", action="its last lines say why" if job.code == 2 else again)
+        raise JobEnded(job.code, f"job {job_id} {_how(job)}{why}", action="its last lines say why" if job.code in (2, 4) else again)
     shown.line(f"job {job_id} {_how(job)}")
 
 

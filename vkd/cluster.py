@@ -186,7 +186,12 @@ def worker_errors() -> Iterator[None]:
 
 
 def _lost(error: BaseException) -> VkdError:
-    """What to tell of a process that died, and died again when Ray had started it anew."""
+    """What to tell of a process that died, and died again when Ray had started it anew, or of an actor that did not start."""
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        cause = str(error).strip().splitlines()[-1].strip()
+        return VkdError(
+            f"an actor did not start: {cause}", action="that is the cause, or Ray's logs have it; then run the same command again"
+        )
     whose = "a teacher's" if "_TeachStage" in str(error) else "a worker's"
     action = "look for the cause in Ray's logs, often too little memory; what is committed is kept: run the same command again to go on"
     return VkdError(f"{whose} process died again and again, and is not started any more", action=action)

@@ -239,9 +239,11 @@ def _trainer(run: Run, attempt: str, link: Link | None) -> TorchTrainer:
     each_worker = {"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {})
     where = asked.labels or None
     scaling = ScalingConfig(num_workers=asked.workers, use_gpu=asked.gpus > 0, resources_per_worker=each_worker, label_selector=where)
+    filesystem, path = files.arrow_filesystem(files.join(run.output, "ray_train"))
     ray_run = RunConfig(
         name=os.path.basename(attempt),
-        storage_path=files.join(run.output, "ray_train"),
+        storage_path=path,
+        storage_filesystem=filesystem,
         failure_config=FailureConfig(max_failures=MAX_FAILURES),
         logging_config=LoggingConfig("CRITICAL"),  # what goes wrong is raised
     )

@@ -10,7 +10,7 @@ import pytest
 
 from vkd import pipeline
 from vkd.errors import TeacherError, VkdError
-from vkd.labelling import MAX_RETRIES
+from vkd.execution import MAX_RETRIES
 from vkd.run import Run
 
 pytestmark = pytest.mark.usefixtures("local_ray")

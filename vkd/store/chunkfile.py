@@ -275,7 +275,13 @@ def _read_footer(uri: str) -> pq.FileMetaData:
 
 
 def _infos(footer: pq.FileMetaData) -> list[ChunkInfo]:
-    return TypeAdapter(list[ChunkInfo]).validate_json(footer.metadata[CHUNKS])  # a ValidationError is a ValueError
+    return _infos_adapter().validate_json(footer.metadata[CHUNKS])  # a ValidationError is a ValueError
+
+
+@lru_cache(maxsize=1)
+def _infos_adapter() -> TypeAdapter[list[ChunkInfo]]:
+    """Made once: that takes longer than reading a chunk does."""
+    return TypeAdapter(list[ChunkInfo])
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import fsspec
 from aiohttp import ClientTimeout
 from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from vkd.errors import StorageError, redact
 from vkd.store import faults
@@ -249,6 +250,12 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if protocol in ("s3", "s3a"):
         fs.retries = NUM_S3FS_TRIES
     return fs, path
+
+
+def arrow_filesystem(uri: str) -> tuple[Any, str]:
+    """The same for those who want one of pyarrow's; its own S3 puts empty objects in the place of folders, which some servers refuse."""
+    fs, path = filesystem(uri)
+    return PyFileSystem(FSSpecHandler(fs)), path
 
 
 def info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
