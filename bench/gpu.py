@@ -108,7 +108,7 @@ class InMemory:
         self.batches, self.wait_s = batches, 0.0
         self.sizes = [len(batch["weight"]) for batch in batches]
 
-    def stream(self, rounds: Sequence[Round], batch_size: int, seed: int) -> Iterator[Fed]:
+    def stream(self, rounds: Sequence[Round], batch_size: int, seed: int, skip: int = 0) -> Iterator[Fed]:
         """A batch a chunk, in the order of the rounds."""
         pending: deque[tuple[Round, int, bool, Future[Batch]]] = deque()
         with ThreadPoolExecutor(NUM_THREADS) as makers:

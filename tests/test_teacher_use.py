@@ -56,7 +56,7 @@ class InMemory:
         self.sizes, self.wait_s, self.unreadable, self.left_out = [num_clips], 0.0, 0, 0
         self.clips = spoil(clips(num_clips, seed))
 
-    def stream(self, rounds: Sequence[Round], batch_size: int, seed: int) -> Iterator[Fed]:
+    def stream(self, rounds: Sequence[Round], batch_size: int, seed: int, skip: int = 0) -> Iterator[Fed]:
         for round_ in rounds:
             batches = batches_of_round([list(range(size)) for size in self.sizes], round_, batch_size, seed)
             for number, batch in enumerate(batches):
