@@ -3,7 +3,8 @@
     python bench/streaming.py --json
 
 `live_ratio`: examples/s of one live epoch / cores over the sum of the stages' CPU seconds an example. Each stage (decoding, teacher,
-student) is measured alone, in this process, before the arms. Speed counts from the first committed chunk to the last round.
+student) is measured alone, in this process, before the arms. Speed counts from the first committed chunk to the last round. What the
+stages spend an example while they run side by side is printed with each arm: more than alone is what sharing the cores costs.
 `sleeping_ratio`: the same with teachers that sleep, against the slowest stage, which they are.
 `tee_ratio`: wall time of tee over 3 epochs / (one live epoch + 2 epochs of stored labels), each with its start and its end.
 `second_student_ratio`: a second student from tee's store / the bare student loop on batches in memory; it asks no teacher.
@@ -124,7 +125,9 @@ def trained(run: Run, after_round: Callable[[], None] = lambda: None) -> dict[st
 
     report = training.train(run, on_round, on_labels)
     since_s = first_s[0] if first_s else started_s
-    return {
+    stages = report.efficiency.stages if report.efficiency is not None else {}
+    spent = {f"{name}_cpu_s_an_example": stage.cpu_s / report.num_examples for name, stage in stages.items()}
+    return spent | {
         "wall_s": time.monotonic() - started_s,
         "examples_per_s": report.num_examples / (told[-1][0] - since_s),
         "start_s": since_s - started_s,
