@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from vkd import errors
-from vkd.errors import ConfigError, StorageError, VideoError, VkdError
+from vkd.errors import BudgetSpent, ConfigError, StorageError, VideoError, VkdError
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, VkdError) and kind is not VideoError]
 
@@ -47,4 +47,4 @@ def test_exit_codes_say_who_must_act() -> None:
     user = {"ConfigError", "ManifestError", "LabelsMissing", "LabellingEnded", "LabelsMismatch", "TeacherError"}
     every: list[type[VkdError]] = [*KINDS, VideoError]
     codes = {kind.__name__: kind.exit_code for kind in every}
-    assert codes == dict.fromkeys(user, 2) | {StorageError.__name__: 3, "VkdError": 1, "VideoError": 1}
+    assert codes == dict.fromkeys(user, 2) | {StorageError.__name__: 3, BudgetSpent.__name__: 4, "VkdError": 1, "VideoError": 1}

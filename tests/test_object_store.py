@@ -93,6 +93,7 @@ def _whole_data_path(run: Run, source: str) -> None:
     assert training.train(run, lambda _: None).skipped
 
 
+@pytest.mark.slow  # half a minute
 def test_no_fault_rejects_anything_on_the_whole_data_path(run: Run, proxy: FaultProxy) -> None:
     proxy.script = fault_proxy.bursts(*PASSING, every=28, length=3)  # one more than what is tried in silence
     _whole_data_path(small.changed(run, f"data.manifest={run.output}/manifest", "train.epochs=1"), f"{BUCKET}/videos")

@@ -52,7 +52,8 @@ def test_a_head_that_does_not_answer_says_nothing() -> None:
         assert not comes_true(notice, within_s=0.1)
 
 
-def test_without_ray_nobody_looks() -> None:
+def test_without_ray_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption.ray, "is_initialized", lambda: False)  # other tests of this process may have one
     assert preemption.nodes_of_ranks() == set()
     with closing(Notice(set())) as notice:
         assert not notice()

@@ -50,7 +50,7 @@ def test_gpus_of_students_are_not_given_to_teachers(monkeypatch: pytest.MonkeyPa
     [
         ({"teachers": {"nobody": {}}}, "compute.teachers.nobody", "no teacher of this name"),
         ({"teacher": {"actors": 9, "cpus": 1}}, "compute.teacher", "9 teacher actors of 1 CPU each; 7 of them find no place"),
-        ({"teacher": {"gpus": 1}}, "compute.teacher", "find no place: 1 such nodes have 2 CPUs and 0 GPUs"),
+        ({"teacher": {"gpus": 1}}, "compute.teacher", "find no place: the cluster has 1 such node, with 2 CPUs and 0 GPUs in all"),
         ({"student": {"workers": 2}}, "compute.student", "2 student workers take all CPUs"),
     ],
 )

@@ -72,8 +72,7 @@ def limited(output: str, budget: Budget, nodes: Callable[[], Mapping[str, int]],
                 os.kill(os.getpid(), signal.SIGINT)
                 return
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job has it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -85,6 +84,7 @@ def limited(output: str, budget: Budget, nodes: Callable[[], Mapping[str, int]],
     finally:
         ended.set()
         watcher.join()
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
 
 def _before(output: str) -> Spent:

@@ -262,7 +262,7 @@ def main() -> None:
     """Entry point: every error becomes one clear line and its exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve each other when cores are shared
     try:
-        code = app(standalone_mode=False)  # typer turns Ctrl-C into 130
+        code = app(prog_name="vkd", standalone_mode=False)  # typer turns Ctrl-C into 130
     except typer._click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)

@@ -105,7 +105,7 @@ def refuse(needs: Sequence[Need], lacking: Mapping[str, int], nodes: Sequence[No
     kinds = [kind for kind, amount in need.resources.items() if amount]
     have = " and ".join(f"{total(there, kind):g} {kind}s" for kind in kinds)
     count = f"{lacking[need.what]} of them find no place" if need.count > 1 else "it finds no place"
-    what = f"needs {need}; {count}: {len(there)} such nodes have {have or 'nothing'}"
+    what = f"needs {need}; {count}: the cluster has {len(there)} such node{'s' if len(there) != 1 else ''}, with {have or 'nothing'} in all"
     raise ConfigError(what, where=need.key, action=f"lower what {need.key} asks for, mend its group, or start nodes")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from vkd import labelling, pipeline, planning, stages, verification
+from vkd import execution, labelling, pipeline, planning, stages, verification
 from vkd.checkpoint import load_student
 from vkd.label_report import LabelReport
 from vkd.manifest import Manifest
@@ -41,7 +41,7 @@ def student(run: Run, report: LabelReport) -> str:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labelling, "_execute", lambda *_: pytest.fail("labelling was started"))
+    monkeypatch.setattr(execution, "execute", lambda *_: pytest.fail("labelling was started"))
 
 
 def sets_of(run: Run) -> dict[str, LabelSet]:
