@@ -116,7 +116,8 @@ def _told(path: Path, verb: str, kills: Kills, driver: Driver) -> dict[str, Any]
 def _run_file(folder: Path, name: str) -> Path:
     tree = tree_of(folder, workers=1)
     tree["output"], tree["labels"] = str(folder / name), {"mode": "tee", "store": str(folder / f"{name}-labels")}
-    tree["data"]["clips"] = {"plan": "windows", "length_s": 1.0}
+    tree["data"]["clips"] = {"plan": "windows", "length_s": 2.0}
+    tree["train"]["epochs"] = 3
     tree["compute"] = {
         "profile": "cluster",
         "decode": {"group": "decode", "workers": 2, "cpus": 1},
