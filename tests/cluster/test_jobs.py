@@ -245,3 +245,12 @@ def jobs(main: Main) -> list[dict[str, str]]:
 
 def last_job(main: Main) -> str:
     return jobs(main)[-1]["id"]
+
+
+@pytest.mark.slow
+def test_a_group_trains_with_everything_on_the_server(site: Site, main: Main) -> None:
+    """A worker group of Ray Train writes what it keeps beside checkpoints through our file system too."""
+    group = ("labels.mode=tee", "compute.student.workers=1", "compute.student.cpus=0.5")
+    code, out, err = main("submit", "distill", "run.yaml", *site.places("group"), *group)
+    assert (code, err) == (0, ""), out
+    assert (site.bucket / "group/out/student/model.safetensors").exists()

@@ -22,6 +22,7 @@ from vkd import pipeline, training
 from vkd.checkpoint import load_student
 from vkd.errors import StorageError
 from vkd.planning import Plan
+from vkd.run import Run
 
 import psutil  # isort: skip
 
@@ -85,11 +86,25 @@ def test_a_rank_that_hangs_ends_and_the_group_goes_on(tree: harness.Tree, tmp_pa
 @pytest.mark.usefixtures("report")
 def test_a_lost_node_shrinks_the_group(tree: harness.Tree, tmp_path: Path) -> None:
     """Of two nodes with one rank each one is killed: training goes on with the other, and every example counts once an epoch."""
-    changes = (f"output={tmp_path / 'out'}", "compute.student.workers=[1, 2]", "train.epochs=60")
-    run = harness.parsed(tree, *changes)
-    run_file = harness.write(run.model_dump(mode="json"), tmp_path / "run.yaml")
-    script, environment = Path(harness.__file__).with_name("elastic.py"), os.environ | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
-    done = subprocess.run([sys.executable, script, run_file], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[-1]) == run.train.epochs * sum(len(rows) for rows in Plan.of(run).rows("train"))
+    run, told = on_two_nodes(tree, tmp_path, "kill")
+    assert int(told.split()[-1]) == run.train.epochs * sum(len(rows) for rows in Plan.of(run).rows("train"))
     assert json.loads((tmp_path / "out" / training.STUDENT_TIME).read_text())["world_size"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("report")
+def test_a_notice_is_heard_and_saved_for(tree: harness.Tree, tmp_path: Path) -> None:
+    """One of two nodes is announced to go: rank 0 saves inside the round, and nothing is lost or counted twice."""
+    run, told = on_two_nodes(tree, tmp_path, "drain")
+    assert "vkd: a node is being taken away; saving after step" in told
+    assert int(told.split()[-1]) == run.train.epochs * sum(len(rows) for rows in Plan.of(run).rows("train"))
+
+
+def on_two_nodes(tree: harness.Tree, folder: Path, how: str) -> tuple[Run, str]:
+    """A training of which one node goes, and all that it said, the examples that it counted last."""
+    run = harness.parsed(tree, f"output={folder / 'out'}", "compute.student.workers=[1, 2]", "train.epochs=60")
+    run_file = harness.write(run.model_dump(mode="json"), folder / "run.yaml")
+    script, environment = Path(harness.__file__).with_name("elastic.py"), os.environ | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
+    done = subprocess.run([sys.executable, script, run_file, how], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run, done.stderr + done.stdout
