@@ -184,9 +184,7 @@ def _in_spite_of_losses(job: Job, compute: Compute, report: LabelReport, paced: 
             return
         except cluster.LOST as error:
             left = [item for item in job.items if stages.still_lacking(job, item)]
-            committed = sum(worklist.num_rows(job.plan, item) for item in job.items) - sum(
-                worklist.num_rows(job.plan, item) for item in left
-            )
+            committed = worklist.total_rows(job.plan, job.items) - worklist.total_rows(job.plan, left)
             if len(left) == len(job.items):
                 raise
             cluster.let_go(error)

@@ -174,11 +174,11 @@ def _train_elsewhere(tree: Mapping[str, Any], plan: SamplePlan) -> tuple[float, 
 
 
 def _train(run: Run, plan: SamplePlan) -> tuple[float, float]:
-    """(seconds of the clock without waiting for data, seconds of CPUs) of an example of training, after a warm-up."""
+    """(seconds of the clock, seconds of CPUs) of an example of training, its labels read from the store, after a warm-up."""
     specs = planning.label_specs(run, planning.build_teachers(run.recipe.teachers))
     feeder = Feeder(run, plan, {alias: LabelSet.open(run.store, spec) for alias, spec in specs.items()}, TRAIN)
     steps_of_epoch = -(-plan.num_examples // run.train.batch_size)
-    epochs = 1 + max(-(-WARM_UP_STEPS // steps_of_epoch), 0) + -(-STEPS // steps_of_epoch)
+    epochs = 1 + -(-WARM_UP_STEPS // steps_of_epoch) + -(-STEPS // steps_of_epoch)
     small = run.model_copy(update={"train": run.train.model_copy(update={"epochs": epochs, "check_every_steps": 0})})
     seen: list[tuple[float, float, int]] = []  # clock, CPU, examples
 
