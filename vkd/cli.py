@@ -260,6 +260,7 @@ def export(
 
 def main() -> None:
     """Entry point: every error becomes one clear line and its exit code."""
+    cli_parts.take_one_interrupt()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve each other when cores are shared
     try:
         code = app(prog_name="vkd", standalone_mode=False)  # typer turns Ctrl-C into 130

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shlex
+import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,3 +89,16 @@ def seconds_of_this_process() -> float:
     with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
         started_ticks = float(stat.read().rpartition(")")[2].split()[19])
         return float(uptime.read().split()[0]) - started_ticks / os.sysconf("SC_CLK_TCK")
+
+
+def take_one_interrupt() -> None:
+    """A second SIGINT within a second of the first is dropped: one that comes while the first is raised leaves locks in disorder."""
+    last_s = [float("-inf")]
+
+    def interrupt(signum: int, frame: object) -> None:
+        if time.monotonic() - last_s[0] > 1.0:
+            last_s[0] = time.monotonic()
+            raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
