@@ -87,7 +87,7 @@ def test_a_resume_has_exactly_what_is_left(rows: list[list[int]], epochs: int, e
 @given(chunk_rows, st.integers(0, 4), every, batch_sizes, seeds)
 def test_num_steps_is_what_is_produced(rows: list[list[int]], epochs: int, every_examples: int, batch_size: int, seed: int) -> None:
     produced = sum(len(batches_of_epoch(rows, epoch, every_examples, batch_size, seed)) for epoch in range(epochs))
-    assert num_steps([len(r) for r in rows], epochs, every_examples, batch_size, seed) == produced
+    assert num_steps([len(r) for r in rows], range(epochs), every_examples, batch_size, seed) == produced
 
 
 @given(chunk_rows, st.integers(0, 5), every, batch_sizes, seeds)

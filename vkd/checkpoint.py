@@ -21,7 +21,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from vkd import models
 from vkd.errors import ConfigError, StorageError
@@ -33,6 +33,7 @@ from vkd.students.base import Student
 FORMAT_VERSION = 1
 MAX_HEAD = 1 << 20  # values of one head: a config may say anything
 WEIGHTS, OPTIMIZER, STATE, DONE, CONFIG = "model.safetensors", "optimizer.pt", "state.json", "DONE", "config.json"
+BEST = "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Position:
     step: int = 0
     num_examples: int = 0
     batch: int = 0
+
+
+@dataclass(frozen=True)
+class Best:
+    """The weights with the lowest validation score of a phase."""
+
+    phase: int
+    score: float
+    weights: Mapping[str, Tensor]
 
 
 def new_attempt(output: str) -> str:
@@ -72,12 +82,18 @@ def _finished(output: str) -> list[str]:
     return [folder for _, _, folder in sorted(found)]
 
 
-def snapshot(position: Position, distiller: nn.Module, optimizer: torch.optim.Optimizer, loss: float | None = None) -> dict[str, bytes]:
+def snapshot(
+    position: Position, distiller: nn.Module, optimizer: torch.optim.Optimizer, loss: float | None = None, best: Best | None = None
+) -> dict[str, bytes]:
     """The files of a checkpoint, in the order in which they are written; training may go on meanwhile. `loss` is that of its round."""
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
-    state = json.dumps({"format_version": FORMAT_VERSION, "position": asdict(position), "loss": loss}).encode()
-    return {WEIGHTS: _weights(distiller), OPTIMIZER: buffer.getvalue(), STATE: state, DONE: b""}
+    state: dict[str, Any] = {"format_version": FORMAT_VERSION, "position": asdict(position), "loss": loss}
+    contents = {WEIGHTS: _weights(distiller), OPTIMIZER: buffer.getvalue()}
+    if best is not None:
+        state["best"] = {"phase": best.phase, "score": best.score}
+        contents[BEST] = _packed(best.weights)
+    return contents | {STATE: json.dumps(state).encode(), DONE: b""}
 
 
 def save(attempt: str, step: int, contents: Mapping[str, bytes]) -> None:
@@ -119,6 +135,16 @@ def restore(folder: str, distiller: nn.Module, optimizer: torch.optim.Optimizer)
     with _whole(OPTIMIZER, folder):
         optimizer.load_state_dict(torch.load(io.BytesIO(files.read(files.join(folder, OPTIMIZER))), weights_only=True))
     return position(folder)
+
+
+def best_of_phase(folder: str) -> Best | None:
+    """The best weights that a finished checkpoint has of its phase; None when it has none."""
+    with _whole(STATE, folder):
+        told = json.loads(files.read(files.join(folder, STATE))).get("best")
+    if told is None:
+        return None
+    with _whole(BEST, folder):
+        return Best(told["phase"], told["score"], safetensors.torch.load(files.read(files.join(folder, BEST))))
 
 
 def best(output: str) -> str | None:
@@ -177,7 +203,11 @@ def load_student(folder: str) -> Student:
 
 
 def _weights(module: nn.Module) -> bytes:
-    data: bytes = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()})
+    return _packed(module.state_dict())
+
+
+def _packed(weights: Mapping[str, Tensor]) -> bytes:
+    data: bytes = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
     return data
 
 

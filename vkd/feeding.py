@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -18,17 +18,26 @@ from vkd import planning, schema
 from vkd.errors import LabelsMissing
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.recipes.base import Batch
-from vkd.rounds import Round, Row, batches_of_round, rank_slice
+from vkd.rounds import Chunk, Round, Row, batches_of_round, rank_slice
 from vkd.run import Run
 from vkd.stages import clip_of, decode_or_reject
 from vkd.store.encodings import decode
-from vkd.store.labelset import LabelSet, Reject
+from vkd.store.labelset import LabelSet, LabelSetSpec, Reject
 from vkd.transfer import pinned
 from vkd.window import Awaited
 
 READ_AHEAD_BATCHES = 8  # refilled in bursts of half: makers that work side by side disturb the trainer's threads less
 NUM_THREADS = 2
 BEAT_S = 1.0
+
+
+class Labels(Protocol):
+    """Labels of every chunk of a plan: a label set, one that is being filled, or a table that changes between epochs."""
+
+    @property
+    def spec(self) -> LabelSetSpec: ...
+
+    def read(self, view: int, chunk: Chunk) -> pa.Table: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Feeder:
 
     run: Run
     plan: Plan
-    sets: Mapping[str, LabelSet | Awaited]
+    sets: Mapping[str, Labels]
     split: str
     rank: int = 0
     world_size: int = 1
@@ -135,6 +144,8 @@ class Feeder:
     def _stopped_after(self) -> Iterator[None]:
         """Readers that wait for a commit stop waiting once nobody wants what they read."""
         awaited = [label_set for label_set in self.sets.values() if isinstance(label_set, Awaited)]
+        for label_set in awaited:
+            label_set.stopped.clear()
         try:
             yield
         finally:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vkd import gather
+from vkd import checkpoint, gather
 from vkd.checkpoint import Position
 from vkd.feeding import Fed, Feeder
-from vkd.recipes.base import Distiller, Losses
-from vkd.rounds import num_steps, rounds_from
+from vkd.phases import Between, parameter_groups, phase_of, set_trainable
+from vkd.recipes.base import Distiller, Losses, Phase
+from vkd.rounds import Round, num_steps, rounds_from
 from vkd.run import Train
 from vkd.transfer import ToDevice
 
@@ -40,11 +41,23 @@ class Loop:
 
     def __init__(self, distiller: Distiller, train: Train, device: str) -> None:
         self.distiller, self.train, self.device = distiller.to(device), train, device
-        self.optimizer = torch.optim.AdamW(_parameter_groups(distiller, train.weight_decay), lr=train.learning_rate)
+        self.phases = distiller.phases() or [Phase("all", train.epochs)]
+        self.between = Between(distiller) if distiller.phases() else None
+        self.enter(0)
         bf16 = train.precision == "bf16" or (train.precision == "auto" and device == "cuda")
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
         self.to_device = ToDevice(device)
         self.watch: Callable[[Fed, int, int], None] | None = None  # sees each step's input, its number and their total, and changes nothing
+
+    def enter(self, epoch: int) -> None:
+        """Be in an epoch's phase: what learns, in which mode, with a new optimizer."""
+        number, _ = phase_of(self.phases, epoch)
+        self.phase = self.phases[number]
+        self.distiller.enter(number)
+        set_trainable(self.distiller, self.phase)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.distiller, self.train.weight_decay, self.phase), lr=self.train.learning_rate
+        )
 
     def fit(
         self,
@@ -54,30 +67,82 @@ class Loop:
         on_round: Callable[[RoundReport, Position], None],
         on_step: Callable[[Position], None] = lambda _: None,
     ) -> Position:
-        """Train from `position` to the end; on every rank `on_round` is called once a round is trained, `on_step` after any other step."""
-        train = self.train
-        total = num_steps(feeder.sizes, train.epochs, every_examples, train.batch_size, train.seed)
-        left = list(rounds_from(feeder.sizes, (position.epoch, position.round), train.epochs, every_examples, train.seed))
-        model = _parallel(self.distiller, self.device)
-        self.distiller.train()
-        meter = _Meter(feeder)
-        for fed in feeder.stream(left, train.batch_size, train.seed, position.batch):
-            torch.manual_seed(_seed(train.seed, position.step, feeder.rank))  # a start from here draws the same
-            if self.watch is not None:
-                self.watch(fed, position.step, total)
-            rate = learning_rate(position.step, total, train)
-            losses = self._step(model, fed, rate)
-            meter.add(losses, fed.num_examples)
-            position = _after(position, fed)
-            if fed.last:
-                on_round(meter.report(fed, position.step, total, rate), position)
-            else:
-                on_step(position)
+        """Train from `position` to the end; on every rank `on_round` is called once a round is trained, `on_step` after any other step.
+
+        After a restart the loop must have entered the position's epoch before its weights were restored.
+        """
+        train, meter = self.train, _Meter(feeder)
+        total = num_steps(feeder.sizes, range(train.epochs), every_examples, train.batch_size, train.seed)
+        for epoch, rounds in self._parts(feeder, every_examples, position):
+            first_step, steps_of_phase = self._begin(epoch, feeder, every_examples, position)
+            model = _parallel(self.distiller, self.device)
+            for fed in feeder.stream(rounds, train.batch_size, train.seed, position.batch):
+                torch.manual_seed(_seed(train.seed, position.step, feeder.rank))  # a start from here draws the same
+                if self.watch is not None:
+                    self.watch(fed, position.step, total)
+                rate = learning_rate(position.step - first_step, steps_of_phase, train, self.phase.schedule)
+                meter.add(self._step(model, fed, rate), fed.num_examples)
+                position = _after(position, fed)
+                if fed.last:
+                    on_round(meter.report(fed, position.step, total, rate), position)
+                else:
+                    on_step(position)
+            if self.between is not None:
+                number, epochs = phase_of(self.phases, epoch)
+                self.between.after_epoch(number, epoch == epochs[-1], self.device)
         return position
+
+    def _parts(self, feeder: Feeder, every_examples: int, position: Position) -> Iterator[tuple[int, list[Round]]]:
+        """(first epoch, rounds) to train without a pause: all that is left, or one epoch each when something is done between them."""
+        train, start = self.train, (position.epoch, position.round)
+        left = list(rounds_from(feeder.sizes, start, train.epochs, every_examples, train.seed))
+        if self.between is None:
+            yield position.epoch, left
+            return
+        for epoch in range(
+            position.epoch, train.epochs
+        ):  # that of the position even when all of it is trained: what follows may not be done
+            yield epoch, [round_ for round_ in left if round_.epoch == epoch]
+
+    def _begin(self, epoch: int, feeder: Feeder, every_examples: int, position: Position) -> tuple[int, int]:
+        """What comes before the epochs from this one on; the step at which its phase began, and how many steps that has."""
+        train = self.train
+        _, epochs = phase_of(self.phases, epoch)
+        if epoch == epochs.start and (epoch > position.epoch or (position.round, position.batch) == (0, 0)):
+            self.enter(epoch)
+            self.distiller.begin()
+        if self.between is not None:
+            self.between.before_epoch(epoch)
+        before, during = (
+            num_steps(feeder.sizes, part, every_examples, train.batch_size, train.seed) for part in (range(epochs.start), epochs)
+        )
+        return before, during
+
+    def snapshot(self, position: Position, loss: float | None = None) -> dict[str, bytes]:
+        """The files of a checkpoint; `loss` is that of the round that ends there."""
+        best = self.between.best if self.between is not None else None
+        return checkpoint.snapshot(position, self.distiller, self.optimizer, loss, best)
+
+    def restore(self, folder: str) -> Position:
+        """Be where a finished checkpoint was written."""
+        self.enter(checkpoint.position(folder).epoch)
+        if self.between is not None:
+            self.between.best = checkpoint.best_of_phase(folder)
+        return checkpoint.restore(folder, self.distiller, self.optimizer)
+
+    @property
+    def resumes_inside_rounds(self) -> bool:
+        """Whether a checkpoint inside a round holds everything: what was noted of its first steps is not in it."""
+        return self.between is None or self.between.notes is None
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the distiller and of its labels, since the last call."""
+        notes = self.between.notes if self.between is not None else None
+        return {**self.distiller.metrics(), **(notes.metrics() if notes is not None else {})}
 
     def _step(self, model: nn.Module, fed: Fed, rate: float) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)  # checkpoints from before there were scales have none
         batch = self.to_device(fed.batch)
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast:
@@ -86,6 +151,8 @@ class Loop:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.distiller.parameters(), self.train.clip_norm)
         self.optimizer.step()
+        if self.between is not None:
+            self.between.after_step(fed)
         return means
 
 
@@ -126,9 +193,9 @@ class _Meter:
         return RoundReport(fed.round.epoch, fed.round.index, step, total, losses, speed, waited_s / elapsed_s, rate, *lost)
 
 
-def learning_rate(step: int, total: int, train: Train) -> float:
-    """Linear warm-up, then a cosine to zero at the last step."""
-    warmup = max(1, round(train.warmup_fraction * total))
+def learning_rate(step: int, total: int, train: Train, schedule: str = "cosine") -> float:
+    """Of a step of a phase of `total` steps: linear warm-up, then a cosine to zero at the last step; or linear all the way up."""
+    warmup = total if schedule == "linear" else max(1, round(train.warmup_fraction * total))
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup
     progress = torch.tensor((step - warmup) / max(1, total - warmup))
@@ -141,15 +208,6 @@ def _after(position: Position, fed: Fed) -> Position:
     if fed.last:
         return Position(fed.round.epoch, fed.round.index + 1, *done)
     return Position(fed.round.epoch, fed.round.index, *done, position.batch + 1)
-
-
-def _parameter_groups(module: nn.Module, weight_decay: float) -> Sequence[dict[str, object]]:
-    """Weight decay for matrices and kernels, none for norms and biases."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 def _parallel(distiller: Distiller, device: str) -> nn.Module:

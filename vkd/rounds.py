@@ -82,12 +82,10 @@ def rank_slice(batch: Sequence[Row], rank: int, world_size: int) -> list[Row]:
     return list(batch[bounds[rank] : bounds[rank + 1]])
 
 
-def num_steps(sizes: Sequence[int], epochs: int, every_examples: int, batch_size: int, seed: int) -> int:
-    """Optimizer steps of the whole training: the schedule's length."""
+def num_steps(sizes: Sequence[int], epochs: Sequence[int], every_examples: int, batch_size: int, seed: int) -> int:
+    """Optimizer steps of some epochs: a schedule's length."""
     return sum(
-        -(-sum(sizes[c] for c in r.chunks) // batch_size)
-        for epoch in range(epochs)
-        for r in rounds_of_epoch(sizes, epoch, every_examples, seed)
+        -(-sum(sizes[c] for c in r.chunks) // batch_size) for epoch in epochs for r in rounds_of_epoch(sizes, epoch, every_examples, seed)
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
 from vkd.clips import ClipPlan, SplitPlan, ViewPolicy
 from vkd.compute import Compute, Part
@@ -125,11 +125,11 @@ class Run(Part):
     """Everything that one run does; the resolved run is saved with its results."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    output: Place
+    output: Annotated[Place, AfterValidator(lambda place: place.rstrip("/"))]
     data: Data
     labels: Labels
     recipe: Annotated[SerializeAsAny[Recipe], BeforeValidator(_recipe)]
-    train: Train = Train()
+    train: Train = Field(default_factory=Train, validate_default=True)
     checkpoint: Checkpoint = Checkpoint()
     compute: Compute = Compute()
 
@@ -152,10 +152,23 @@ class Run(Part):
         """The view, as it is numbered in the store, that evaluation reads: it shows view 0."""
         return -(-self.train.epochs // self.data.views.count) * self.data.views.count if self.labels.mode == "live" else 0
 
-    @field_validator("output", mode="after")
+    @field_validator("train", mode="after")
     @classmethod
-    def _no_trailing_slash(cls, value: str) -> str:
-        return value.rstrip("/")
+    def _epochs_of_phases(cls, train: Train, info: ValidationInfo) -> Train:
+        """A recipe with phases says itself how many epochs there are."""
+        planned = info.data["recipe"].num_epochs if "recipe" in info.data else None
+        if planned is None or train.epochs == planned:
+            return train
+        if "epochs" in train.model_fields_set:
+            raise ValueError(f"the phases of this recipe have {planned} epochs: change them there, and leave train.epochs out")
+        return train.model_copy(update={"epochs": planned})
+
+    @field_validator("recipe", mode="after")
+    @classmethod
+    def _phases_need_a_store(cls, recipe: Recipe, info: ValidationInfo) -> Recipe:
+        if recipe.num_epochs is not None and "labels" in info.data and info.data["labels"].mode == "live":
+            raise ValueError("it looks at labels again, and labels.mode live keeps none: set that to tee")
+        return recipe
 
 
 class Workflow(Part):

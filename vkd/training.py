@@ -18,7 +18,7 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
-from vkd import checkpoint, claim, cluster, gather, heartbeat, planning, preemption, resources, teacher_use
+from vkd import checkpoint, claim, cluster, gather, heartbeat, phased, planning, preemption, resources, teacher_use
 from vkd import run as run_files
 from vkd.beside import Beside, labelling_beside
 from vkd.board import Board
@@ -106,7 +106,7 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
     rank, world_size = gather.world()
     plan, sets = _plan_and_sets(run, link)
     loop = new_loop(run, plan, {alias: label_set.spec for alias, label_set in sets.items()})
-    feeder = Feeder(run, plan, sets, TRAIN, rank, world_size, beat=beat)
+    feeder = phased.equip(loop, Feeder(run, plan, sets, TRAIN, rank, world_size, beat=beat))
     if not sum(feeder.sizes):
         raise ConfigError("no example is left to train on", where="data.split", action="hold out less, or add videos")
     if rank == 0 and plan.share < 1:
@@ -114,7 +114,7 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
             f"training on {plan.share:.0%} of the planned clips: the others lack labels (labels.allow_partial)", file=sys.stderr, flush=True
         )
     found = gather.of_rank_0(checkpoint.newest(run.output))
-    position = checkpoint.restore(found, loop.distiller, loop.optimizer) if found else Position()
+    position = loop.restore(found) if found else Position()
     use = teacher_use.watched(loop, run, position.step)
     nodes = preemption.nodes_of_ranks()
     if rank != 0:
@@ -124,7 +124,7 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
     with closing(board), closing(Notice(nodes)) as notice, _Chief(run, attempt, loop, feeder, link) as chief:
 
         def after_round(report: RoundReport, reached: Position) -> None:
-            board.add(as_metrics(report) | use.metrics(), reached.step)
+            board.add(as_metrics(report) | use.metrics() | loop.metrics(), reached.step)
             chief.after_round(report, reached, board)
             use.save(run.output)
             cluster.export_metrics({"data_wait": report.wait_fraction, "trained_per_s": report.examples_per_s})
@@ -160,17 +160,17 @@ class _Chief:
 
     def after_round(self, report: RoundReport, reached: Position, board: Board) -> None:
         """A round is trained: its checkpoint is written beside the next round."""
-        contents = checkpoint.snapshot(reached, self.loop.distiller, self.loop.optimizer, sum(report.losses.values()))
+        contents = self.loop.snapshot(reached, sum(report.losses.values()))
         number, round_ = self.rounds[report.epoch, report.round]
         self.saver.submit(partial(self._save, reached.step, contents, round_, board))
         if self.link is not None:
             self.link.trained(number)
 
     def after_step(self, notice: Notice, reached: Position) -> None:
-        """A step inside a round is done: it is saved when a node of the group is about to go."""
-        if notice():
+        """A step inside a round is done: it is saved when a node of the group is about to go, if all of the state is at hand."""
+        if self.loop.resumes_inside_rounds and notice():
             print(f"vkd: a node is being taken away; saving after step {reached.step}", file=sys.stderr, flush=True)
-            contents = checkpoint.snapshot(reached, self.loop.distiller, self.loop.optimizer)
+            contents = self.loop.snapshot(reached)
             self.saver.submit(partial(checkpoint.save, self.attempt, reached.step, contents))
 
     def _save(self, step: int, contents: Mapping[str, bytes], round_: Round, board: Board) -> None:
@@ -194,7 +194,7 @@ def export_newest(run: Run, folder: str, best: bool = False) -> int:
     partial = run.labels.mode == "stored" and run.labels.allow_partial
     plan = open_sets(run, Plan.of(run))[0] if partial else Plan.of(run)
     loop = new_loop(run, plan, specs)
-    position = checkpoint.restore(found, loop.distiller, loop.optimizer)
+    position = loop.restore(found)
     _export(run, loop, {spec.name for spec in specs.values()}, position, folder)
     return position.step
 

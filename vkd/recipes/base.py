@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from vkd.models import ModelSpec
+from vkd.refinement import Refinement
 from vkd.schema import TensorType
 from vkd.students.base import Student
 
@@ -18,14 +21,53 @@ Losses = dict[str, tuple[Tensor, Tensor]]  # name -> (weighted sum over the rows
 Emits = Mapping[str, Mapping[str, TensorType]]  # teacher alias -> what it emits
 
 
+@dataclass(frozen=True)
+class Phase:
+    """Some epochs with an optimizer and a schedule of their own.
+
+    `rates`: parameter of the distiller -> scale of its learning rate; those that are not named are frozen. None: all learn.
+    """
+
+    name: str
+    epochs: int
+    rates: Mapping[str, float] | None = None
+    schedule: Literal["cosine", "linear"] = "cosine"  # linear: it only rises
+
+    def rate(self, parameter: str) -> float:
+        """The scale of a parameter's learning rate; 0 when it is frozen."""
+        return 1.0 if self.rates is None else self.rates.get(parameter, 0.0)
+
+
 class Distiller(nn.Module, ABC):
-    """Everything that gets a gradient: the student and what it needs only while learning."""
+    """Everything that gets a gradient: the student and what it needs only while learning.
+
+    `said`: after `forward`, what the student says of each row [b, num_classes], if labels are refined by it.
+    """
 
     student: Student
+    said: Tensor | None = None
 
     @abstractmethod
     def forward(self, batch: Batch) -> Losses:
         """Each loss as (weighted sum, count) over this rank's rows; rows of weight 0 count nothing."""
+
+    def phases(self) -> Sequence[Phase]:
+        """The phases of the training, in order; none: one phase of all epochs, without validation."""
+        return ()
+
+    def enter(self, phase: int) -> None:
+        """Be in a phase: called before its first step, and after a restart within it."""
+
+    def begin(self) -> None:
+        """The phase that was entered begins now, with the best weights of the one before."""
+
+    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What validation wants low, as (weighted sum, count); in eval mode, without gradient."""
+        raise NotImplementedError
+
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers to note once a round, beside the losses."""
+        return {}
 
 
 class Recipe(BaseModel, ABC):
@@ -39,6 +81,16 @@ class Recipe(BaseModel, ABC):
     def needs(self) -> tuple[str, ...]:
         """Label columns, `<alias>.<label>`, that training reads."""
         return ()
+
+    @property
+    def num_epochs(self) -> int | None:
+        """Epochs of all phases; None when the recipe has none."""
+        return None
+
+    @property
+    def refinement(self) -> Refinement | None:
+        """How labels are refined between epochs; None when they are not."""
+        return None
 
     @property
     @abstractmethod

@@ -1,0 +1,287 @@
+"""Staged distillation against plain distillation on moving shapes: 12 classes, labels 40 % wrong and 20 % missing.
+
+    python bench/substage_toy.py --json                      3 seeds, 1,000 train / 200 validation / 400 test clips, 30 epochs an arm
+    python bench/substage_toy.py --first-seed 100 --json     the seeds that settings were tuned on
+    python bench/substage_toy.py --full 1 --json             and ours with each ingredient removed
+
+A class is one of 3 shapes that moves in one of 4 directions: neither the shape nor one frame tells it. The teachers learn from clean
+labels of other clips, `strong` to the end and `weak` until it answers 70 to 80 % of validation.
+no_teacher  cross entropy on the labels                    kd          and the teacher: the best rho of 0.5, 0.9, 1.0 on validation
+kd_refined  kd whose labels are refined                    kd_argmax   kd whose labels are what the teacher answers first
+ours        the recipe `substage`                          weak_ours   the same with the weak teacher
+All arms of a seed share clips, wrong labels, the student's first weights, batches and their order, and the number of steps.
+The gate: ours > kd in every seed, by at least a point in the mean; and with the weak teacher the refined labels are right more
+often than both the given labels and the teacher's first answers, by at least three points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from measure import arguments, finish  # isort: skip  # before torch: it says how OpenMP's threads wait
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from vkd.phased import table_of
+
+from vkd import checkpoint, models, pipeline, schema, training
+from vkd import run as run_files
+from vkd.console import Screen
+from vkd.feeding import Feeder, open_sets
+from vkd.manifest import BuildOptions, build
+from vkd.models import ModelSpec
+from vkd.planning import Plan
+from vkd.rounds import Round
+from vkd.run import Run
+from vkd.schema import GAP, TRAIN, VAL
+from vkd.students import STUDENTS
+from vkd.students.base import Student
+
+SHAPES, DIRECTIONS = ("square", "cross", "ring"), ((1, 0), (-1, 0), (0, 1), (0, -1))
+NUM_CLASSES = len(SHAPES) * len(DIRECTIONS)
+NUM_FRAMES, SIZE_PX = 8, 32
+SPLITS = {TRAIN: 1000, VAL: 200, GAP: 400}  # the gap is used by neither side: it is the test
+WRONG, MISSING = 0.4, 0.2
+TEACHER_CLIPS, TEACHER_EPOCHS, WEAK = 3000, 14, (0.70, 0.80)
+CASCADE = {"warmup": 2, "per_stage": 4, "joint": 12}
+EPOCHS = 30
+OFF = {"combos": {"prefix": False, "pair": False, "fused": False}, "fd": {"moments": 0, "mmd": 0, "temporal": 0}}
+OFF |= {"rel": {"sp": 0, "corr": 0, "pair": 0}, "cascade": {"warmup": 0, "per_stage": 0, "joint": EPOCHS}}
+RHOS = (0.5, 0.9, 1.0)
+OURS: dict[str, Any] = {"cascade": CASCADE}
+REMOVED: dict[str, dict[str, Any]] = {  # each ingredient of ours taken away
+    "substages": {"combos": {"prefix": False, "pair": False, "fused": False}},
+    "cascade": {"cascade": {"warmup": 2, "per_stage": 0, "joint": EPOCHS - 2}},
+    "refinement": {"refine": {"form": "none"}},
+    "harmony": {"harmonise": {"form": "uniform"}},
+    "features": {"fd": {"moments": 0, "mmd": 0, "temporal": 0}, "rel": {"sp": 0, "corr": 0, "pair": 0}},
+}
+STUDENT = {"name": "tiny_r3d", "widths": [4, 8, 16, 32], "size_px": SIZE_PX}
+TEACHER = ModelSpec(name="tiny_r3d", options={"widths": [16, 32, 64, 128], "size_px": SIZE_PX})
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", seeds=3, first_seed=0, full=0, jobs=2)
+    with tempfile.TemporaryDirectory(prefix="vkd-toy-") as folder:
+        finish(measure(Path(folder), options), options.json)
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every arm of every seed, and the gate."""
+    torch.set_num_threads(1)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    found = {"teacher_accuracy": teachers(folder, options.first_seed)}
+    for seed in seeds:
+        write_clips(folder / f"seed{seed}", seed)
+        for teacher in ("strong", "weak"):
+            pipeline.label(_run(folder, seed, teacher, "labels", {}), Screen())
+    work = [(folder, seed, teacher, arm, recipe) for seed in seeds for teacher, arm, recipe in arms(bool(options.full))]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(train, work))
+    told: dict[str, dict[int, dict[str, float]]] = {}
+    for (_, seed, _, arm, _), result in zip(work, results, strict=True):
+        told.setdefault(arm, {})[seed] = result
+    best = {seed: max((f"kd_{rho}" for rho in RHOS), key=lambda arm: told[arm][seed]["validation"]) for seed in seeds}
+    told["kd"] = {seed: told[arm][seed] for seed, arm in best.items()}
+    return found | {"kd_rho": [best[seed].removeprefix("kd_") for seed in seeds]} | summary(told, seeds)
+
+
+def arms(full: bool) -> list[tuple[str, str, dict[str, Any]]]:
+    """(teacher, name, what the recipe says) of each arm."""
+    plain: dict[str, Any] = OFF | {"refine": {"form": "none"}}
+    found = [("strong", f"kd_{rho}", plain | _rho(rho)) for rho in RHOS]
+    found += [("strong", "no_teacher", plain | _rho(0.0))]
+    found += [("strong", "kd_refined", OFF | _rho(0.5)), ("strong", "kd_argmax", OFF | _rho(0.5) | {"refine": {"form": "argmax"}})]
+    found += [("strong", "ours", OURS), ("weak", "weak_ours", OURS)]
+    if full:
+        found += [("strong", f"without_{name}", OURS | change) for name, change in REMOVED.items()]
+    return found
+
+
+def _rho(rho: float) -> dict[str, Any]:
+    return {"resp": {"rho": [rho, rho], "tau": [4, 4]}}
+
+
+def summary(told: Mapping[str, Mapping[int, Mapping[str, float]]], seeds: Sequence[int]) -> dict[str, Any]:
+    """Test accuracy of each arm, seed by seed; the labels of the weak teacher's run; the gate."""
+    test = {arm: [of_seed[seed]["test"] for seed in seeds] for arm, of_seed in told.items()}
+    rows = [(arm, f"{statistics.mean(v):.3f}", "  ".join(f"{x:.3f}" for x in v)) for arm, v in test.items()]
+    Screen().table("accuracy on 400 test clips", ("arm", "mean", "per seed"), rows)
+    gains = [ours - kd for ours, kd in zip(test["ours"], test["kd"], strict=True)]
+    labels = {name: [told["weak_ours"][seed][name] for seed in seeds] for name in ("given", "taught", "refined")}
+    lifts = [refined - max(given, taught) for given, taught, refined in zip(*labels.values(), strict=True)]
+    passed = min(gains) > 0 and statistics.mean(gains) >= 0.01 and min(lifts) >= 0.03
+    seconds = {arm: statistics.mean(of_seed[seed]["seconds"] for seed in seeds) for arm, of_seed in told.items()}
+    return {
+        "test_accuracy": test,
+        "labels_right_with_the_weak_teacher": labels,
+        "gain_over_kd": gains,
+        "label_lift": lifts,
+        "seconds": seconds,
+        "gates_passed": passed,
+    }
+
+
+def train(work: tuple[Path, int, str, str, dict[str, Any]]) -> dict[str, float]:
+    """One arm of one seed: validation and test accuracy, and how many labels are right before and after."""
+    torch.set_num_threads(1)
+    started_s = time.monotonic()
+    folder, seed, teacher, arm, recipe = work
+    run = _run(folder, seed, teacher, arm, recipe)
+    pipeline.distill(run, Silent())
+    seconds = time.monotonic() - started_s
+    plan, sets = open_sets(run, Plan.of(run))
+    student = checkpoint.load_student(training.student_folder(run))
+    found = {"seconds": seconds}
+    for name, split in (("validation", VAL), ("test", GAP)):
+        answers, _, truths = answers_of(run, plan, sets, split, student)
+        found[name] = float((answers.argmax(1) == truths).mean())
+    _, taught, truths = answers_of(run, plan, sets, TRAIN, student)
+    table = table_of(run, plan, sets["teacher"])
+    last = table.prepare(run.train.epochs)
+    found |= {
+        "given": table.accuracy(0) or 0.0,
+        "taught": float((taught.argmax(1) == truths).mean()),
+        "refined": table.accuracy(last) or 0.0,
+    }
+    print(f"seed {seed}: {arm:12s} " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True)
+    return found
+
+
+@torch.inference_mode()
+def answers_of(run: Run, plan: Plan, sets: Mapping[str, Any], split: str, student: Student) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What student and teacher answer of the clips of a split, and what is true."""
+    feeder = Feeder(run, plan, sets, split)
+    truths = {n: name for n, name in enumerate(name for chunk in plan.chunks for name in plan.examples(chunk)["truth"].to_pylist())}
+    rounds = [Round(0, i, (chunk,)) for i, chunk in enumerate(np.flatnonzero(feeder.sizes).tolist())]
+    batches = [fed.batch for fed in feeder.stream(rounds, 100, seed=0)]
+    said = torch.cat([student(batch[schema.FRAMES])["logits"] for batch in batches]).numpy()
+    taught = torch.cat([batch["teacher.logits"] for batch in batches]).numpy()
+    numbers = torch.cat([batch[schema.EXAMPLE] for batch in batches]).tolist()
+    return said, taught, np.array([feeder.classes.index(truths[number]) for number in numbers])
+
+
+def teachers(folder: Path, seed: int) -> dict[str, float]:
+    """Train on clean labels of other clips, export it when it is `weak` and when it is done; accuracy on further clips."""
+    frames, classes = render(np.random.default_rng([seed, 1]), TEACHER_CLIPS)
+    others, truths = (torch.from_numpy(x) for x in render(np.random.default_rng([seed, 2]), 600))
+    torch.manual_seed(seed)
+    network: Student = models.build(TEACHER, STUDENTS, "student", heads={"logits": NUM_CLASSES})
+    total, rng = TEACHER_EPOCHS * TEACHER_CLIPS // 50, np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.004, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.004, total_steps=total)
+    accuracy: dict[str, float] = {}
+    for step in range(total):
+        rows = rng.integers(0, TEACHER_CLIPS, 50)
+        loss = F.cross_entropy(network.train()(torch.from_numpy(frames[rows]))["logits"], torch.from_numpy(classes[rows]))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        if step == total - 1 or ("weak" not in accuracy and step % 10 == 9):
+            with torch.inference_mode():
+                right = (network.eval()(others)["logits"].argmax(1) == truths).float().mean().item()
+            name = "strong" if step == total - 1 else "weak" if WEAK[0] <= right <= WEAK[1] else None
+            if name:
+                accuracy[name] = right
+                checkpoint.export(network, TEACHER, str(folder / name), {"trained": {"step": step + 1}})
+                print(f"teacher {name}: {right:.3f} after {step + 1} steps", flush=True)
+    return accuracy
+
+
+def write_clips(folder: Path, seed: int) -> None:
+    """The clips of one seed as videos, and their list: uri, label as it is given, truth, split."""
+    folder.mkdir(parents=True)
+    rng, lines, first = np.random.default_rng([seed, 0]), list[str](), 0
+    for split, count in SPLITS.items():
+        frames, classes = render(rng, count)
+        for clip, number in zip(frames, classes.tolist(), strict=True):
+            path = folder / f"{first:05d}.mkv"
+            write_video(path, clip)
+            coin, other = rng.random(), (number + rng.integers(1, NUM_CLASSES)) % NUM_CLASSES
+            given = None if coin < MISSING else class_name(int(other)) if coin < MISSING + WRONG else class_name(number)
+            lines.append(json.dumps({"uri": str(path), "label": given, "truth": class_name(number), "split": split}) + "\n")
+            first += 1
+    (folder / "clips.jsonl").write_text("".join(lines))
+    build(str(folder / "clips.jsonl"), str(folder / "manifest"), BuildOptions(chunk_size=50))
+
+
+def class_name(number: int) -> str:
+    return f"{SHAPES[number // len(DIRECTIONS)]}-{number % len(DIRECTIONS)}"
+
+
+def render(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 clips [n, 8, 32, 32, 3] of grey shapes that move around a torus, over noise; classes [n]."""
+    classes = rng.integers(0, NUM_CLASSES, count)
+    grid = np.arange(SIZE_PX)
+    clips = np.zeros((count, NUM_FRAMES, SIZE_PX, SIZE_PX), np.float32)
+    for clip, number in zip(clips, classes.tolist(), strict=True):
+        shape, (dx, dy) = SHAPES[number // len(DIRECTIONS)], DIRECTIONS[number % len(DIRECTIONS)]
+        (x, y), speed, half, light = rng.uniform(0, SIZE_PX, 2), rng.uniform(0.8, 2.5), rng.uniform(4, 7), rng.uniform(35, 90)
+        for frame in clip:
+            across, down = (np.minimum((grid - c) % SIZE_PX, (c - grid) % SIZE_PX) for c in (x, y))
+            frame += light * mask(shape, down[:, None], across[None], half)
+            x, y = x + speed * dx, y + speed * dy
+        clip += rng.normal(rng.uniform(60, 120), 25, clip.shape)
+    return np.repeat(clips.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1), classes
+
+
+def mask(shape: str, down: np.ndarray, across: np.ndarray, half: float) -> np.ndarray:
+    """Where a shape is, from distances to its middle."""
+    if shape == "square":
+        return (down < half * 0.8) & (across < half * 0.8)
+    if shape == "cross":
+        return ((down < half / 3) & (across < half)) | ((across < half / 3) & (down < half))
+    distance = np.hypot(down, across)
+    return (distance < half) & (distance > half * 0.55)
+
+
+def write_video(path: Path, clip: np.ndarray) -> None:
+    """Lossless: what is decoded is what was rendered."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        stream.width, stream.height, stream.pix_fmt = SIZE_PX, SIZE_PX, "gray"
+        for frame in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[..., 0]), format="gray")))
+        container.mux(stream.encode(None))
+
+
+class Silent:
+    """Who is told of progress and says nothing."""
+
+    def stage(self, name: str) -> None: ...
+    def probed(self, done: int, total: int) -> None: ...
+    def labelled(self, report: object) -> None: ...
+    def trained(self, report: object) -> None: ...
+
+
+def _run(folder: Path, seed: int, teacher: str, arm: str, recipe: Mapping[str, Any]) -> Run:
+    """The run of one arm; clips, frames and labels are those of its seed."""
+    clips = folder / f"seed{seed}"
+    tree = {
+        "name": "toy",
+        "output": str(clips / f"{teacher}-{arm}"),
+        "data": {"manifest": str(clips / "manifest"), "allow": ["/"], "split": {"by": "column"}, "keep_frames": "raw"},
+        "labels": {"mode": "stored", "store": str(clips / "labels"), "encodings": {"logits": "fp32"}},
+        "recipe": {"name": "substage", "student": STUDENT, "teacher": {"name": "student", "path": str(folder / teacher), "substages": True}}
+        | {"cascade": CASCADE}
+        | dict(recipe),
+        "train": {"batch_size": 50, "learning_rate": 0.004, "seed": seed, "check_every_steps": 0},
+        "checkpoint": {"every_examples": 10**6, "keep": 1},
+    }
+    return run_files.parse(tree)
+
+
+if __name__ == "__main__":
+    main()
