@@ -69,8 +69,8 @@ class Version:
 class LabelTable:
     """Weak labels that are refined while training goes on. Every rank has one, and rank 0 writes.
 
-    `taught` has the teacher's logits of the plan's chunks. `map_chunks` does the work of many chunks, for which it may send a function
-    to other processes. Raises ConfigError when the labels' classes are not the teacher's.
+    `taught` has the teacher's logits of the plan's chunks. `map_chunks` does the work of many chunks, in any order; the function that
+    it is given may be sent to other processes. Raises ConfigError when the labels' classes are not the teacher's.
     """
 
     def __init__(self, folder: str, plan: Plan, taught: LabelSet, num_views: int, config: Refinement, map_chunks: MapChunks = map) -> None:
@@ -167,8 +167,8 @@ class LabelTable:
         return np.array([math.fsum(column) / max(num_rows, 1) for column in np.stack([total for total, _ in parts]).T])
 
     def _net(self, version: int) -> Net:
-        parts = list(self.map_chunks(partial(self.sets.anchored, version), sorted(self.plan.chunks)))
-        features, classes = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        parts = sorted(self.map_chunks(partial(self.sets.anchored, version), self.plan.chunks), key=lambda part: part[0])
+        features, classes = (np.concatenate(columns) for columns in list(zip(*parts, strict=True))[1:])
         if not len(classes):
             action = f"name the verified class of some videos in the manifest's column {ANCHOR!r}, or choose another form"
             raise ConfigError("no example to train on has a verified class", where="recipe.labels.form", action=action)
@@ -215,11 +215,11 @@ class _Sets:
         rows = self.train_rows(chunk) & ~np.isnan(evidence.taught).any(axis=1)
         return g[rows].sum(axis=0), int(rows.sum())
 
-    def anchored(self, version: int, chunk: Chunk) -> tuple[Float[np.ndarray, "n f"], Int[np.ndarray, " n"]]:
-        """Features and verified class of the chunk's train rows that have one."""
+    def anchored(self, version: int, chunk: Chunk) -> tuple[Chunk, Float[np.ndarray, "n f"], Int[np.ndarray, " n"]]:
+        """The chunk, with features and verified class of its train rows that have one."""
         state, evidence = self._inputs(version, chunk)
         rows = self.train_rows(chunk) & (evidence.anchor >= 0)
-        return refinement.weigh(state, evidence, self.config).features[rows], evidence.anchor[rows]
+        return chunk, refinement.weigh(state, evidence, self.config).features[rows], evidence.anchor[rows]
 
     def counts(self, version: int, chunk: Chunk) -> _Counts:
         """Counts over the chunk's train rows."""
