@@ -154,7 +154,6 @@ def in_threads(fn: Callable[[Chunk], Any], chunks: Sequence[Chunk]) -> list[Any]
 
 def test_weak_labels_may_name_several_classes() -> None:
     examples = pa.table({"label": ["walk", "walk|run", None, "swim"]})
-    assert label_table.class_names(["walk|run", "jump", "walk"]) == CLASSES
     assert label_table.weak_sets(examples, CLASSES) == [{2}, {1, 2}, set(), set()]
     assert label_table.weak_sets(pa.table({"x": [1, 2]}), CLASSES) == [set(), set()]
 

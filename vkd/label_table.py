@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from vkd import gather, planning, refinement, refinement_net, schema
 from vkd.clips import assign_splits
 from vkd.errors import ConfigError, LabelsMismatch, LabelsMissing
+from vkd.feeding import Labels
 from vkd.planning import Plan
 from vkd.refinement import Evidence, Net, Refinement, State
 from vkd.rounds import Chunk, Round
@@ -30,40 +31,36 @@ from vkd.schema import TensorType
 from vkd.store.encodings import decode
 from vkd.store.labelset import ChunkRows, LabelSet, LabelSetSpec, Reject
 
+TRAINED = ("q", "omega")  # what training reads
 REFINED, SAID, LOGITS, PROBS = "refined", "said", "logits", "probs"
 TRUTH, ANCHOR = "truth", "anchor"  # columns of the manifest: the true class, to report by, and a verified class, to learn by
-BETWEEN = "|"  # classes that one weak label names
 NOT_ASKED = Reject("train", "not_asked", "the student was not asked", False)
 
 MapChunks = Callable[[Callable[[Chunk], Any], Sequence[Chunk]], Iterable[Any]]
-
-
-def class_names(labels: Iterable[str]) -> list[str]:
-    """Sorted names of the classes that labels name, `walk|run` two of them."""
-    return sorted({name for label in labels for name in label.split(BETWEEN)})
 
 
 def weak_sets(examples: pa.Table, classes: Sequence[str]) -> list[set[int]]:
     """The classes that the label of each example names; none without a label."""
     number = {name: i for i, name in enumerate(classes)}
     labels = examples[schema.LABEL].to_pylist() if schema.LABEL in examples.column_names else [None] * examples.num_rows
-    return [{number[name] for name in (label or "").split(BETWEEN) if name in number} for label in labels]
+    return [{number[name] for name in planning.named(label) if name in number} for label in labels]
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version of the table, read as labels are, whatever the view."""
+    """One version of the table, read as labels are, whatever the view: each row's label `q`, and how much it counts, `omega`."""
 
     label_set: LabelSet
     number: int
 
     @property
     def spec(self) -> LabelSetSpec:
-        return self.label_set.spec
+        spec = self.label_set.spec
+        return replace(spec, tensors={name: spec.tensors[name] for name in TRAINED}, encodings=dict.fromkeys(TRAINED, "fp32"))
 
-    def read(self, view: int, chunk: Chunk) -> pa.Table:
+    def read(self, view: int, chunk: Chunk, columns: Sequence[str] | None = None) -> pa.Table:
         """The chunk's rows in this version."""
-        return self.label_set.read(self.number, chunk)
+        return self.label_set.read(self.number, chunk, columns or TRAINED)
 
 
 class LabelTable:
@@ -73,9 +70,9 @@ class LabelTable:
     it is given may be sent to other processes. Raises ConfigError when the labels' classes are not the teacher's.
     """
 
-    def __init__(self, folder: str, plan: Plan, taught: LabelSet, num_views: int, config: Refinement, map_chunks: MapChunks = map) -> None:
+    def __init__(self, folder: str, plan: Plan, taught: Labels, num_views: int, config: Refinement, map_chunks: MapChunks = map) -> None:
         self.plan, self.config, self.map_chunks = plan, config, map_chunks
-        classes, num_classes = class_names(plan.classes()), taught.spec.tensors[LOGITS].num_values
+        classes, num_classes = plan.classes(), taught.spec.tensors[LOGITS].num_values
         if num_classes < 2 or (classes and len(classes) != num_classes):
             what = f"the labels name {len(classes)} classes, and the teacher's {LOGITS} have {num_classes}"
             raise ConfigError(what, where=plan.manifest_path, action="choose a teacher of these classes, or mend the labels")
@@ -190,7 +187,7 @@ class _Sets:
     classes: tuple[str, ...]
     refined: LabelSet
     said: LabelSet
-    taught: LabelSet
+    taught: Labels
     num_views: int
     config: Refinement
 
@@ -252,17 +249,17 @@ class _Sets:
         table = self._read(self.refined, version, chunk, list(self.refined.spec.tensors))
         return {name: np.asarray(decode(table, name)) for name in self.refined.spec.tensors}
 
-    def _values(self, label_set: LabelSet, view: int, chunk: Chunk, name: str) -> Float[np.ndarray, "n c"]:
+    def _values(self, label_set: Labels, view: int, chunk: Chunk, name: str) -> Float[np.ndarray, "n c"]:
         """A label in double precision, NaN in the rows that have none."""
         table = self._read(label_set, view, chunk, [name])
         labelled = np.array(table[schema.STATUS].to_pylist()) == schema.LABELLED
         return np.where(labelled[:, None], np.asarray(decode(table, name), np.float64), np.nan)
 
-    def _read(self, label_set: LabelSet, view: int, chunk: Chunk, columns: Sequence[str]) -> pa.Table:
+    def _read(self, label_set: Labels, view: int, chunk: Chunk, columns: Sequence[str]) -> pa.Table:
         table = label_set.read(view, chunk, columns)
         if table[schema.EXAMPLE_ID].to_pylist() != self.plan.examples(chunk)[schema.EXAMPLE_ID].to_pylist():
             what = f"chunk {chunk.index} of shard {chunk.shard}, view {view} is of other examples than the plan's"
-            raise LabelsMismatch(what, where=label_set.uri, action="use another output")
+            raise LabelsMismatch(what, where=label_set.spec.name, action="use another output")
         return table
 
     def _column(self, chunk: Chunk, name: str) -> Int[np.ndarray, " n"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pyarrow as pa
@@ -32,8 +32,8 @@ class EpochLabels:
     def spec(self) -> LabelSetSpec:
         return self.version.spec
 
-    def read(self, view: int, chunk: Chunk) -> pa.Table:
-        return self.version.read(view, chunk)
+    def read(self, view: int, chunk: Chunk, columns: Sequence[str] | None = None) -> pa.Table:
+        return self.version.read(view, chunk, columns)
 
     def prepare(self, epoch: int) -> int:
         """Go to the version of an epoch; every rank must call it."""

@@ -71,7 +71,7 @@ class Plan:
         for shard in dict.fromkeys(chunk.shard for chunk in self.chunks):
             table = _shard_examples(self.manifest_path, shard, self.clips)
             if schema.LABEL in table.column_names:
-                names.update(name for name in table[schema.LABEL].to_pylist() if name is not None)
+                names.update(name for label in table[schema.LABEL].to_pylist() for name in named(label))
         return sorted(names)
 
     def sample(self, fraction: float, seed: int) -> list[Chunk]:
@@ -129,8 +129,13 @@ def label_specs(run: Run, teachers: Mapping[str, Teacher]) -> dict[str, LabelSet
     return specs
 
 
+def named(label: str | None) -> list[str]:
+    """The classes that a label names: `walk|run` two of them."""
+    return label.split("|") if label else []
+
+
 def label_numbers(examples: pa.Table, classes: Sequence[str]) -> np.ndarray:
-    """int64 class of each example; -1 where it has no label."""
+    """int64 class of each example; -1 where its label names none, or several."""
     if schema.LABEL not in examples.column_names:
         return np.full(examples.num_rows, -1, np.int64)
     number = {name: i for i, name in enumerate(classes)}

@@ -111,8 +111,8 @@ class Awaited:
         self._set: LabelSet | None = None
         self.stopped = threading.Event()  # by who no longer wants what it asked for
 
-    def read(self, view: int, chunk: Chunk) -> pa.Table:
-        """All of one chunk, from the window or the store. Raises LabellingEnded when labelling ended without it."""
+    def read(self, view: int, chunk: Chunk, columns: Sequence[str] | None = None) -> pa.Table:
+        """One chunk: all of it, or from the store these columns. Raises LabellingEnded when labelling ended without it."""
         looked_s = float("-inf")
         while not self.stopped.is_set():
             taken, data = self.link.take(Key(self.spec.alias, view, chunk))
@@ -120,7 +120,7 @@ class Awaited:
                 return chunkfile.parse(data, chunk.index, f"{self.spec.name}, chunk {chunk.index} of shard {chunk.shard}")
             if taken.committed or taken.ended or time.monotonic() - looked_s > LOOK_S:
                 looked_s = time.monotonic()
-                table = self._stored(view, chunk)
+                table = self._stored(view, chunk, columns)
                 if table is not None:
                     return table
             if taken.ended:
@@ -129,8 +129,8 @@ class Awaited:
         what = f"labelling ended without chunk {chunk.index} of shard {chunk.shard}, view {view}"
         raise LabellingEnded(what, where=self.spec.name, action="run the same command again")
 
-    def _stored(self, view: int, chunk: Chunk) -> pa.Table | None:
+    def _stored(self, view: int, chunk: Chunk, columns: Sequence[str] | None) -> pa.Table | None:
         self._set = self._set or LabelSet.find(self.store, self.spec)
         with suppress(LabelsMissing):
-            return self._set and self._set.read(view, chunk)
+            return self._set and self._set.read(view, chunk, columns)
         return None
