@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vkd.losses import features, maps
-from vkd.losses.batchwise import unit
-from vkd.losses.distillation import SumAndCount
+from vkd.losses.distillation import SumAndCount, unit
 
 MapLoss = Callable[[Tensor, Tensor, Tensor], SumAndCount]
 S = torch.tensor([[0, 1, 2, 3], [1, 1, 0, 2], [2, 0, 1, 1]], dtype=torch.float64)

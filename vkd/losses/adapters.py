@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vkd.losses.batchwise import unit
+from vkd.losses.distillation import unit
 from vkd.losses.features import NUM_STATISTICS
 
 MIN_VARIANCE = 1e-5

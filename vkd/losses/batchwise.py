@@ -66,10 +66,3 @@ def over_batch(
     """This rank's share of value(*parts) on the rows of all ranks; skipped when they are fewer than `min_rows`."""
     rows = gathered(parts, weight, all_rows)
     return whole_batch(value(*rows), weight) if len(rows[0]) >= min_rows else skipped(rows[0])
-
-
-def unit(x: Float[Tensor, "... d"], shortest: Tensor | float = 1e-12) -> Float[Tensor, "... d"]:
-    """Vectors of length 1; those no longer than `shortest` become 0, with a gradient of 0."""
-    square = x.square().sum(dim=-1, keepdim=True)
-    short = square <= torch.as_tensor(shortest, dtype=x.dtype, device=x.device).unsqueeze(-1).square()
-    return torch.where(short, 0, x * torch.where(short, 1, square).rsqrt())

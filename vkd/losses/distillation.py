@@ -63,7 +63,7 @@ def cross_entropy(logits: Float[Tensor, "b c"], label: Int[Tensor, " b"], weight
 
 
 def _normalised_gram(x: Float[Tensor, "b d"], others: Float[Tensor, "n d"]) -> Float[Tensor, "b n"]:
-    return F.normalize(x @ others.T, dim=1)
+    return unit(x @ others.T)
 
 
 def kept(x: Float[Tensor, "b ..."], weight: Float[Tensor, " b"]) -> Float[Tensor, "b ..."]:
@@ -74,3 +74,10 @@ def kept(x: Float[Tensor, "b ..."], weight: Float[Tensor, " b"]) -> Float[Tensor
 def sum_and_count(rows: Float[Tensor, " b"], weight: Float[Tensor, " b"]) -> SumAndCount:
     """The weighted sum of the losses of rows, and what they count."""
     return (rows * weight).sum(), weight.sum()
+
+
+def unit(x: Float[Tensor, "... d"], shortest: Tensor | float = 1e-12) -> Float[Tensor, "... d"]:
+    """Vectors of length 1; those no longer than `shortest` become 0, with a gradient of 0."""
+    square = x.square().sum(dim=-1, keepdim=True)
+    short = square <= torch.as_tensor(shortest, dtype=x.dtype, device=x.device).unsqueeze(-1).square()
+    return torch.where(short, 0, x * torch.where(short, 1, square).rsqrt())

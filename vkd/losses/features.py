@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vkd.losses.batchwise import AllRows, gathered, own_rows, precise, product, skipped, unit, whole_batch
-from vkd.losses.distillation import SumAndCount, kept, sum_and_count
+from vkd.losses.batchwise import AllRows, gathered, own_rows, precise, product, skipped, whole_batch
+from vkd.losses.distillation import SumAndCount, kept, sum_and_count, unit
 
 NUM_STATISTICS = 2  # the first rows of a descriptor: mean, deviation; the others are the profile
 BANDWIDTHS = (0.5, 1.0, 2.0)  # in median distances between teacher rows

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vkd.losses.batchwise import AllRows, gathered, own_rows, precise, skipped, unit, whole_batch
-from vkd.losses.distillation import SumAndCount, kept, sum_and_count
+from vkd.losses.batchwise import AllRows, gathered, own_rows, precise, skipped, whole_batch
+from vkd.losses.distillation import SumAndCount, kept, sum_and_count, unit
 from vkd.losses.features import direction_mmd, floored, moments, nst_profiles
 
 CHANNEL_TAU = 4.0

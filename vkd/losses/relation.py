@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vkd.losses.batchwise import MIN_ROWS, AllRows, gathered, over_batch, own_rows, product, skipped, unit, whole_batch
-from vkd.losses.distillation import SumAndCount, kept, similarity_preserving, sum_and_count
+from vkd.losses.batchwise import MIN_ROWS, AllRows, gathered, over_batch, own_rows, product, skipped, whole_batch
+from vkd.losses.distillation import SumAndCount, kept, similarity_preserving, sum_and_count, unit
 
 CORRESPONDENCE_TAU = 0.1
 CONSTANT = 1e-6  # a column, or a set of rows, that varies by less than this part of its size is rounding
