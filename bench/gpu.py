@@ -28,6 +28,7 @@ from measure import arguments, finish, spread
 
 from vkd import gather
 from vkd.checkpoint import Position
+from vkd.efficientnet import VARIANTS, EfficientNetLite, preprocess
 from vkd.feeding import NUM_THREADS, READ_AHEAD_BATCHES, Fed, Feeder
 from vkd.loop import Loop
 from vkd.models import ModelSpec
@@ -36,7 +37,7 @@ from vkd.recipes.kd import KD
 from vkd.rounds import Round
 from vkd.run import Train
 from vkd.schema import FRAMES, TensorType
-from vkd.teachers.efficientnet_lite import VARIANTS, EfficientNetLite, EfficientNetLiteTeacher, preprocess
+from vkd.teachers.efficientnet_lite import EfficientNetLiteTeacher
 from vkd.transfer import pinned
 
 GATE = 0.95

@@ -12,11 +12,18 @@ from vkd.errors import ConfigError
 from vkd.metrics.cost import num_parameters
 from vkd.models import ModelSpec, build
 from vkd.students import STUDENTS
-from vkd.students.base import FEATURES, Student
+from vkd.students.base import FEATURES, Student, normalise
 from vkd.students.tiny_vit import tubelets
 
 HEADS = {"logits": 11, "embedding": 7}
 SHAPES = [(4, 32), (8, 16), (2, 64)]
+SIZED = ["shift_cnn", "tiny_vit"]  # the others are sized by numbers
+SUBSTAGES = {
+    ("shift_cnn", "small"): ("blocks.0", "blocks.1", "blocks.2"),
+    ("shift_cnn", "large"): ("blocks.0", "blocks.2", "blocks.5"),
+    ("tiny_vit", "small"): ("blocks.0", "blocks.1", "blocks.2", "norm"),
+    ("tiny_r3d", None): ("layer1", "layer2", "layer3", "layer4"),
+}
 
 
 def student(name: str, heads: dict[str, int] | None = None, **options: object) -> Student:
@@ -118,8 +125,87 @@ def test_wrong_sizes_are_refused(name: str) -> None:
         model(clips(1, 8, 32))
     with pytest.raises(ValueError, match="4 frames of 64x64 px"):
         model(clips(1, 4, 64))
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_unknown_sizes_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="'huge'"):
         student(name, size="huge")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"widths": [4, 8, 16]}, "must be 4 numbers"), ({"widths": [0, 8, 16, 32]}, "at least 1"), ({"stem_stride": 3}, "stem_stride is 3")],
+)
+def test_r3d_of_impossible_sizes_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        student("tiny_r3d", **options)
+
+
+def test_number_of_r3d_parameters() -> None:
+    assert num_parameters(student("tiny_r3d", heads={})) == 355_110
+    small = student("tiny_r3d", heads={"logits": 12}, widths=[4, 8, 16, 32])
+    assert num_parameters(small) == 58_092 + 33 * 12
+
+
+@pytest.mark.parametrize(("name", "size"), SUBSTAGES)
+def test_substages_are_the_ends_of_stages(name: str, size: str | None) -> None:
+    model = student(name, **({} if size is None else {"size": size}))
+    assert model.substages == SUBSTAGES[name, size]
+    maps, outputs = model.stages(clips())
+    assert all(x.ndim == 5 and len(x) == 3 for x in maps)
+    torch.testing.assert_close(maps[-1].mean(dim=(2, 3, 4)), outputs[FEATURES])
+    for label, x in model(clips()).items():
+        assert torch.equal(x, outputs[label])
+
+
+@pytest.mark.parametrize(
+    ("options", "num_frames", "size_px", "shapes"),
+    [  # r3d_18 shrinks 16 frames of 112 px alike: torchvision
+        ({}, 16, 112, [(10, 16, 56), (20, 8, 28), (40, 4, 14), (80, 2, 7)]),
+        ({}, 8, 64, [(10, 8, 32), (20, 4, 16), (40, 2, 8), (80, 1, 4)]),
+        ({"stem_stride": 1}, 1, 32, [(10, 1, 32), (20, 1, 16), (40, 1, 8), (80, 1, 4)]),
+    ],
+)
+def test_r3d_maps(options: dict[str, object], num_frames: int, size_px: int, shapes: list[tuple[int, int, int]]) -> None:
+    maps, _ = student("tiny_r3d", num_frames=num_frames, size_px=size_px, **options).stages(clips(1, num_frames, size_px))
+    assert [tuple(x.shape[1:]) for x in maps] == [(c, t, s, s) for c, t, s in shapes]
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_an_early_stop_runs_no_later_part_and_leaves_no_gradient_there(name: str) -> None:
+    model = student(name)
+    ran: list[str] = []
+    for part in model.substages:
+        model.get_submodule(part).register_forward_pre_hook(lambda _module, _inputs, part=part: ran.append(part))
+    maps, outputs = model.stages(clips(), num_stages=2)
+    assert outputs is None
+    assert ran == list(model.substages[:2])
+    sum(x.square().sum() for x in maps).backward()
+    assert all(p.grad is not None for p in model.get_submodule(model.substages[1]).parameters())
+    assert not any(p.grad is not None for part in model.substages[2:] for p in model.get_submodule(part).parameters())
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_part_after_pooling_is_no_substage(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"substages: an output of shape \[3, 11\] is no map"):
+        student(name).stages(clips(), ["heads.logits"])
+    with pytest.raises(ConfigError, match="has no part 'layer9'"):
+        student(name).stages(clips(), ["layer9"])
+
+
+def test_maps_of_parts_that_see_frames_one_by_one() -> None:
+    model = student("shift_cnn")
+    (stem, block), _ = model.stages(clips(), ["stem", "blocks.0"])
+    assert stem.shape == block.shape == (3, 32, 4, 8, 8)
+    torch.testing.assert_close(model.blocks[0](stem.transpose(1, 2)).transpose(1, 2), block)
+
+
+def test_the_map_of_tokens_lies_as_the_clip_does() -> None:
+    model = student("tiny_vit")
+    (tokens,), _ = model.stages(clips(), ["embed"])
+    first = model.embed(normalise(clips())[:, 2:, :, 8:16, 16:24].flatten(1))  # second time, second row, third column
+    torch.testing.assert_close(tokens[:, :, 1, 1, 2], first)
 
 
 def test_tubelets_must_divide_the_clip() -> None:

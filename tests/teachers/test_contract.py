@@ -22,16 +22,16 @@ from vkd.teachers.base import FRAMES, Teacher
 Options = dict[str, Any]
 
 
-def exported_student(folder: Path, seed: int = 0) -> str:
+def exported_student(folder: Path, seed: int = 0, name: str = "shift_cnn") -> str:
     """The folder of a small student with two heads and random weights."""
     torch.manual_seed(seed)
-    spec = ModelSpec(name="shift_cnn", options={"num_frames": 4, "size_px": 32})
+    spec = ModelSpec(name=name, options={"num_frames": 4, "size_px": 32})
     student = models.build(spec, STUDENTS, "student", heads={"logits": 10, "embedding": 16})
     checkpoint.export(student, spec, str(folder), {})
     return str(folder)
 
 
-# for each teacher: the options to test it with, and others that must change its identity
+# for each teacher, and once more with descriptors: the options to test it with, and others that must change its identity
 CASES: dict[str, tuple[Callable[[Path], Options], list[Callable[[Path], Options]]]] = {
     "efficientnet_lite": (
         lambda tmp: {"num_frames": 2},
@@ -39,14 +39,23 @@ CASES: dict[str, tuple[Callable[[Path], Options], list[Callable[[Path], Options]
     ),
     "student": (
         lambda tmp: {"path": exported_student(tmp / "a")},
-        [lambda tmp: {"path": exported_student(tmp / "b", seed=1)}, lambda tmp: {"precision": "bf16"}],
+        [lambda tmp: {"path": exported_student(tmp / "b", seed=1)}, lambda tmp: {"precision": "bf16"}, lambda tmp: {"substages": True}],
+    ),
+    "efficientnet_lite with descriptors": (
+        lambda tmp: {"num_frames": 1, "substages": True},
+        [lambda tmp: {"descriptors": "full"}, lambda tmp: {"substages": ["_blocks.3", "_blocks.5"]}, lambda tmp: {"substages": False}],
+    ),
+    "student with descriptors": (
+        lambda tmp: {"path": exported_student(tmp / "a", name="tiny_r3d"), "substages": ["layer2", "layer4"], "descriptors": "full"},
+        [lambda tmp: {"descriptors": "proj128"}, lambda tmp: {"substages": True}],
     ),
 }
+SECOND = {"EfficientNetLite": "_blocks.4", "ShiftCNN": "blocks.1", "TinyR3D": "layer4"}  # the second part that `maps` gives
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Options, Path]:
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("case")
     return request.param, CASES[request.param][0](folder), folder
 
 
@@ -59,7 +68,7 @@ def teacher(case: tuple[str, Options, Path]) -> Teacher:
 
 
 def build(name: str, options: Options) -> Teacher:
-    built: Teacher = models.build(ModelSpec(name=name, options=options), TEACHERS, "teacher")
+    built: Teacher = models.build(ModelSpec(name=name.partition(" ")[0], options=options), TEACHERS, "teacher")
     return built
 
 
@@ -73,7 +82,7 @@ def clips(teacher: Teacher, num_clips: int) -> Columns:
 
 
 def test_every_registered_teacher_is_tested() -> None:
-    assert set(CASES) == set(TEACHERS)
+    assert {name.partition(" ")[0] for name in CASES} == set(TEACHERS)
 
 
 def test_output_is_what_emits_says(teacher: Teacher) -> None:
@@ -126,7 +135,7 @@ def test_identity_is_stable_and_names_what_decides(case: tuple[str, Options, Pat
     name, options, folder = case
     identity = build(name, options).identity()
     assert json.loads(json.dumps(identity)) == identity == build(name, options).identity()
-    assert identity["name"] == name
+    assert identity["name"] == name.partition(" ")[0]
     assert identity["version"] == build(name, options).version
     assert identity == build(name, options | {"batch_size": 3}).identity()
     assert str(folder) not in json.dumps(identity)
@@ -147,6 +156,14 @@ def test_use_before_load_is_refused(case: tuple[str, Options, Path]) -> None:
     fresh = build(name, options)
     with pytest.raises(TeacherError, match="not loaded"):
         fresh(fresh.probe_batch())
+
+
+def test_maps_are_those_that_are_described(teacher: Teacher) -> None:
+    frames = torch.tensor(clips(teacher, 2)[FRAMES])
+    maps = teacher.maps(frames)
+    assert not any(x.requires_grad or x.is_inference() for x in maps)  # what learns from them may save them
+    assert all(x.ndim == 5 and len(x) == 2 for x in maps)
+    torch.testing.assert_close(teacher.maps(frames, [SECOND[type(teacher.module).__name__]])[0], maps[1])
 
 
 def test_unknown_option_names_the_known_ones() -> None:

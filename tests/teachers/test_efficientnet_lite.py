@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vkd.errors import TeacherError
+from vkd.descriptors import VERSION, Descriptor
+from vkd.efficientnet import VARIANTS, EfficientNetLite, fold_batch_norms, preprocess
+from vkd.errors import ConfigError, TeacherError
 from vkd.teachers import efficientnet_lite as lite
 from vkd.teachers.base import FRAMES, probe_frames
-from vkd.teachers.efficientnet_lite import EfficientNetLite, EfficientNetLiteTeacher
+from vkd.teachers.efficientnet_lite import EfficientNetLiteTeacher
 
 State = dict[str, Tensor]
 STRIDED = {0: {1, 3, 5, 11}, 1: {1, 4, 7, 15}, 2: {1, 4, 7, 15}}  # blocks whose depthwise convolution has stride 2
@@ -105,7 +107,7 @@ def real_frames(path: Path, num_frames: int = 8, size_px: int = 224) -> np.ndarr
 @pytest.mark.parametrize("variant", [0, 1, 2])
 def test_keys_and_shapes_are_those_of_the_published_checkpoint(variant: int) -> None:
     expected = {key: value.shape for key, value in checkpoint(variant).items()}
-    network = EfficientNetLite(lite.VARIANTS[variant])
+    network = EfficientNetLite(VARIANTS[variant])
     assert {key: value.shape for key, value in network.state_dict().items()} == expected
     network.load_state_dict(checkpoint(variant), strict=True)
 
@@ -129,12 +131,12 @@ def test_probe_agrees_with_the_reference_and_with_golden_logits(variant: int) ->
 
 
 def test_folding_changes_nothing(state: State, teacher: EfficientNetLiteTeacher) -> None:
-    network = EfficientNetLite(lite.VARIANTS[0]).eval()
+    network = EfficientNetLite(VARIANTS[0]).eval()
     network.load_state_dict(state)
     frames = probe_frames(teacher.sampling)[:2]
     with torch.inference_mode():
-        plain = network(lite.preprocess(torch.tensor(frames)))
-        folded = lite.fold_batch_norms(network)(lite.preprocess(torch.tensor(frames)))
+        plain = network(preprocess(torch.tensor(frames)))
+        folded = fold_batch_norms(network)(preprocess(torch.tensor(frames)))
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
     for a, b in zip(plain, folded, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
@@ -184,6 +186,46 @@ def test_bf16_is_near_fp32(teacher: EfficientNetLiteTeacher) -> None:
 def test_unknown_options_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         EfficientNetLiteTeacher(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("variant", "channels"), [(0, [24, 40, 112, 320]), (2, [24, 48, 120, 352])])
+def test_default_substages_end_four_resolutions(variant: int, channels: list[int]) -> None:
+    teacher = EfficientNetLiteTeacher(variant, num_frames=2, substages=True, descriptors="full")
+    assert [teacher.emits[f"stage{k + 1}"].shape for k in range(4)] == [(6, c) for c in channels]
+    teacher.load("cpu")
+    maps = teacher.maps(torch.tensor(teacher.probe_batch()[FRAMES]))
+    sides = [-(-teacher.sampling.size_px // stride) for stride in (4, 8, 16, 32)]
+    assert [x.shape for x in maps] == [(1, c, 2, side, side) for c, side in zip(channels, sides, strict=True)]
+
+
+def test_describes_the_blocks_of_all_frames() -> None:
+    described, plain_teacher = (
+        EfficientNetLiteTeacher(num_frames=2, substages=["_blocks.15", "_conv_head"]),
+        EfficientNetLiteTeacher(num_frames=2),
+    )
+    for each in (described, plain_teacher):
+        each.load("cpu")
+    frames = np.stack([np.roll(probe_frames(described.sampling), shift, axis=2) for shift in (0, 40)])
+    labels, plain = described({FRAMES: frames}), plain_teacher({FRAMES: frames})
+    for name in ("logits", "embedding"):
+        np.testing.assert_allclose(labels[name], plain[name], atol=1e-4)
+    for clip in range(2):
+        with torch.inference_mode():
+            block = [described.maps(torch.tensor(frames[clip : clip + 1, t : t + 1]))[0][0, :, 0] for t in range(2)]
+        found = Descriptor(320, 0, "proj128")(torch.stack(block, dim=1)[None])
+        np.testing.assert_allclose(labels["stage1"][clip], found[0], atol=1e-4)
+    assert labels["stage2"].shape == (2, 6, 128)
+
+
+def test_the_options_of_descriptors(teacher: EfficientNetLiteTeacher) -> None:
+    assert set(teacher.identity()) == {"name", "version", "variant", "pool", "precision", "weights_sha256"}
+    own = ["_blocks.2", "_blocks.4", "_blocks.10", "_blocks.15"]
+    added = {"substages": own, "descriptors": "proj128", "descriptors_version": VERSION}
+    assert EfficientNetLiteTeacher(substages=True).identity() == teacher.identity() | added
+    with pytest.raises(ConfigError, match=r"substages: EfficientNetLite has no part 'blocks.2' -> did you mean _blocks.2"):
+        _ = EfficientNetLiteTeacher(substages=["blocks.2"]).emits
+    with pytest.raises(ConfigError, match="is no map"):
+        _ = EfficientNetLiteTeacher(substages=["_fc"]).emits
 
 
 def test_identity_names_the_file_that_is_loaded(state: State, tmp_path: Path) -> None:

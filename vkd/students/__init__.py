@@ -2,5 +2,6 @@
 
 STUDENTS = {
     "shift_cnn": "vkd.students.shift_cnn:ShiftCNN",
+    "tiny_r3d": "vkd.students.tiny_r3d:TinyR3D",
     "tiny_vit": "vkd.students.tiny_vit:TinyViT",
 }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import overload
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from vkd.clips import Sampling
+from vkd.stage_maps import no_map, stage_maps
 
 FEATURES = "features"
 
@@ -19,7 +21,11 @@ class Student(nn.Module, ABC):
 
     `heads` maps a label name to its size, taken from what the teacher emits: {"logits": 1000, "embedding": 1280}. So a
     trained student answers exactly what its teacher answered, and can stand in for it.
+
+    `substages` names the parts, in order, where its stages end; the mean of the last one's map is `features`.
     """
+
+    substages: tuple[str, ...] = ()
 
     def __init__(self, sampling: Sampling, num_features: int, heads: Mapping[str, int]) -> None:
         super().__init__()
@@ -38,6 +44,30 @@ class Student(nn.Module, ABC):
         """Every head's output, and `features`, of uint8 frames."""
         features = self.features(normalise(frames))
         return {FEATURES: features} | {name: head(features) for name, head in self.heads.items()}
+
+    @overload
+    def stages(self, frames: Tensor, names: Sequence[str] | None = None) -> tuple[list[Tensor], dict[str, Tensor]]: ...
+    @overload
+    def stages(
+        self, frames: Tensor, names: Sequence[str] | None = None, *, num_stages: int | None
+    ) -> tuple[list[Tensor], dict[str, Tensor] | None]: ...
+    def stages(
+        self, frames: UInt8[Tensor, "b t s s 3"], names: Sequence[str] | None = None, *, num_stages: int | None = None
+    ) -> tuple[list[Float[Tensor, "b _ _ _ _"]], dict[str, Float[Tensor, "b _"]] | None]:
+        """The maps of the parts `names` (of `substages` when None), and what `forward` gives, in one pass.
+
+        Only the first num_stages when that is less: then nothing runs after them, and the second is None. Raises ConfigError
+        for a name that gives no map.
+        """
+        names = self.substages if names is None else names
+        outputs, answers = stage_maps(self, names, lambda: self(frames), num_stages)
+        return [self.as_map(output, len(frames)) for output in outputs], answers
+
+    def as_map(self, output: Tensor, num_clips: int) -> Float[Tensor, "b c t h w"]:
+        """The output of a part in one layout. Raises ConfigError when it is no map."""
+        if output.ndim != 5:
+            raise no_map(output)
+        return output
 
 
 def normalise(frames: UInt8[Tensor, "b t s s 3"]) -> Float[Tensor, "b t 3 s s"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vkd.clips import Sampling
 from vkd.layers import ShiftBlock, check_clips, group_norm
+from vkd.stage_maps import frames_as_map
 from vkd.students.base import Student
 
 
@@ -52,9 +53,14 @@ class ShiftCNN(Student):
         for (num_in, num_out), depth in zip(pairwise(widths), depths[1:], strict=True):
             blocks += [ShiftBlock(num_in, num_out, stride=2), *(ShiftBlock(num_out, num_out) for _ in range(depth - 1))]
         self.blocks = nn.Sequential(*blocks)
+        self.substages = tuple(f"blocks.{end - 1}" for end in accumulate(depths))
 
     def features(self, clips: Float[Tensor, "b t 3 s s"]) -> Float[Tensor, "b d"]:
         """Pooled features of normalised clips. Raises ValueError when they are not of the sampling's length and size."""
         check_clips(clips, self.sampling)
         maps: Tensor = self.blocks(self.stem(clips.flatten(0, 1)).unflatten(0, clips.shape[:2]))
         return maps.mean(dim=(1, 3, 4))
+
+    def as_map(self, output: Tensor, num_clips: int) -> Float[Tensor, "b c t h w"]:
+        """The output of a block [b t c h w], or of a part inside one [(b t) c h w]. Raises ConfigError when it is no map."""
+        return output.transpose(1, 2) if output.ndim == 5 else frames_as_map(output, num_clips, self.sampling.num_frames)

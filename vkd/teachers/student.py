@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
+import torch
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vkd.checkpoint import load_student
 from vkd.clips import Sampling
+from vkd.descriptors import Form, StageLabels, Substages, check_options, chosen
 from vkd.errors import ConfigError, TeacherError
 from vkd.schema import FRAMES, Columns, TensorType
 from vkd.store import files
@@ -28,13 +30,18 @@ class StudentTeacher(Teacher):
     """An exported student, frozen: the output of every head that it was trained with, and its features.
 
     `path` is the export folder (config.json and model.safetensors); `batch_size` counts clips and halves by itself when the
-    device is out of memory; `precision` is `fp32`, or `bf16` for autocast.
+    device is out of memory; `precision` is `fp32`, or `bf16` for autocast. `substages` adds descriptors of the maps of these
+    parts (true: of the student's own substages).
     """
 
     version = 1
 
-    def __init__(self, path: str, batch_size: int = 32, precision: str = "fp32") -> None:
+    def __init__(
+        self, path: str, batch_size: int = 32, precision: str = "fp32", substages: Substages = False, descriptors: Form = "proj128"
+    ) -> None:
+        check_options(substages, descriptors)
         self.path, self.batch_size, self.precision = path, batch_size, precision
+        self.substages, self.descriptors = substages, descriptors
         try:
             self.sampling = Sampling.model_validate(json.loads(self._read(CONFIG))["sampling"])
         except _UNREADABLE as error:
@@ -46,14 +53,15 @@ class StudentTeacher(Teacher):
         sizes = {FEATURES: self._student.num_features} | {
             name: cast(nn.Linear, head).out_features for name, head in self._student.heads.items()
         }
-        return {name: TensorType("float32", (size,)) for name, size in sizes.items()}
+        return {name: TensorType("float32", (size,)) for name, size in sizes.items()} | self._stages.emits
 
     def identity(self) -> dict[str, Any]:
         digests = {name: hashlib.sha256(self._read(name)).hexdigest() for name in (CONFIG, WEIGHTS)}
         declared = {"precision": self.precision} if self.precision != "fp32" else {}  # sets from before there was a choice stay valid
-        return {"name": "student", "version": self.version, "sha256": digests} | declared
+        return {"name": "student", "version": self.version, "sha256": digests} | declared | self._stages.identity()
 
     def load(self, device: str) -> None:
+        self._stages.to(device)  # asks the student while it is still on the CPU
         self._student.to(device)
         self._batches, self._loaded = HalvingBatches(self.batch_size, device, self.precision), True
 
@@ -64,10 +72,32 @@ class StudentTeacher(Teacher):
     def __call__(self, batch: Columns) -> Columns:
         return batch | self._batches.run(self._labels, batch[FRAMES])
 
-    def _labels(self, clips: UInt8[Tensor, "b t s s 3"]) -> dict[str, Float[Tensor, "b _"]]:
+    def _labels(self, clips: UInt8[Tensor, "b t s s 3"]) -> dict[str, Float[Tensor, "b ..."]]:
+        maps, outputs = self._ready().stages(clips, self._stages.names)
+        described: dict[str, Tensor] = self._stages(maps)
+        return {name: output.float() for name, output in outputs.items()} | described
+
+    @torch.no_grad()
+    def maps(self, frames: UInt8[Tensor, "b t s s 3"], names: Sequence[str] | None = None) -> list[Float[Tensor, "b _ _ _ _"]]:
+        student = self._ready()
+        names = self._stages.names or student.substages if names is None else names
+        with self._batches.autocast:
+            # '' is the student itself: it would end last, so it stops where the maps are there
+            return student.stages(frames, [*names, ""], num_stages=len(names))[0]
+
+    def _ready(self) -> Student:
         if not self._loaded:
             raise TeacherError("the student is not loaded", where=self.path, action="call load(device) first")
-        return {name: output.float() for name, output in self._student(clips).items()}
+        return self._student
+
+    @cached_property
+    def _stages(self) -> StageLabels:
+        if not self.substages:
+            return StageLabels((), (), self.descriptors)  # its identity must not need the weights loaded
+        names = chosen(self.substages, self._student.substages)
+        with torch.no_grad():
+            maps, _ = self._student.stages(torch.from_numpy(self.probe_batch()[FRAMES]), names)
+        return StageLabels(names, [x.shape[1] for x in maps], self.descriptors)
 
     @cached_property
     def _student(self) -> Student:

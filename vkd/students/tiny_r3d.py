@@ -1,0 +1,70 @@
+"""A small 3D residual CNN in four stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vkd.clips import Sampling
+from vkd.layers import check_clips, group_norm
+from vkd.students.base import Student
+
+NUM_STAGES = 4
+
+
+class TinyR3D(Student):
+    """R3D (Tran et al. 2018) with one basic block a stage and GroupNorm; features are the mean over time and space.
+
+    `widths` are the channels of the stages, of which all but the first halve time and space; `stem_stride` is in space.
+    Parameters without the heads: 0.36 M (355,110; 80 features) of widths 10, 20, 40, 80, for clips of any length and size.
+    """
+
+    def __init__(
+        self,
+        heads: Mapping[str, int],
+        widths: Sequence[int] = (10, 20, 40, 80),
+        stem_stride: int = 2,
+        num_frames: int = 8,
+        size_px: int = 64,
+    ) -> None:
+        if len(widths) != NUM_STAGES or min(widths) < 1:
+            raise ValueError(f"widths {list(widths)} must be {NUM_STAGES} numbers of at least 1")
+        if stem_stride not in (1, 2):
+            raise ValueError(f"stem_stride is {stem_stride}; it can be 1, 2")
+        super().__init__(Sampling(num_frames=num_frames, size_px=size_px), widths[-1], heads)
+        first, second, third, fourth = widths
+        stride = (1, stem_stride, stem_stride)
+        self.stem = nn.Sequential(nn.Conv3d(3, first, (3, 7, 7), stride, (1, 3, 3), bias=False), group_norm(first), nn.ReLU())
+        self.layer1, self.layer2 = BasicBlock(first, first), BasicBlock(first, second, stride=2)
+        self.layer3, self.layer4 = BasicBlock(second, third, stride=2), BasicBlock(third, fourth, stride=2)
+        self.substages = tuple(f"layer{number}" for number in range(1, NUM_STAGES + 1))
+
+    def features(self, clips: Float[Tensor, "b t 3 s s"]) -> Float[Tensor, "b d"]:
+        """Pooled features of normalised clips. Raises ValueError when they are not of the sampling's length and size."""
+        check_clips(clips, self.sampling)
+        # normalised frames lie channels-last in memory, and so do all maps after them: a CPU trains faster so
+        maps: Tensor = self.stem(clips.transpose(1, 2))
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            maps = layer(maps)
+        return maps.mean(dim=(2, 3, 4))
+
+
+class BasicBlock(nn.Module):
+    """A residual block of two 3x3x3 convolutions; the stride holds in time and space."""
+
+    def __init__(self, num_in: int, num_out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(num_in, num_out, 3, stride, padding=1, bias=False)
+        self.norm1 = group_norm(num_out)
+        self.conv2 = nn.Conv3d(num_out, num_out, 3, padding=1, bias=False)
+        self.norm2 = group_norm(num_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or num_in != num_out:
+            self.shortcut = nn.Sequential(nn.Conv3d(num_in, num_out, 1, stride, bias=False), group_norm(num_out))
+
+    def forward(self, x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b c2 t2 h2 w2"]:
+        residual = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(residual + self.shortcut(x))
