@@ -33,7 +33,6 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from vkd.phased import table_of
 
 from vkd import checkpoint, models, pipeline, schema, training
 from vkd import run as run_files
@@ -41,6 +40,7 @@ from vkd.console import Screen
 from vkd.feeding import Feeder, open_sets
 from vkd.manifest import BuildOptions, build
 from vkd.models import ModelSpec
+from vkd.phased import table_of
 from vkd.planning import Plan
 from vkd.rounds import Round
 from vkd.run import Run

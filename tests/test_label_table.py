@@ -135,7 +135,7 @@ def train_all(table: LabelTable, epochs: int) -> list[int]:
 
 def column(table: LabelTable, version: int, name: str) -> np.ndarray:
     """A column of a version, all rows in the order of the plan."""
-    return np.concatenate([np.asarray(decode(table.at(version).read(0, chunk), name)) for chunk in table.plan.chunks])
+    return np.concatenate([np.asarray(decode(table.at(version).label_set.read(version, chunk), name)) for chunk in table.plan.chunks])
 
 
 def chunk_files(table: LabelTable) -> dict[str, bytes]:

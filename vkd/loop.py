@@ -51,9 +51,9 @@ class Loop:
 
     def enter(self, epoch: int) -> None:
         """Be in an epoch's phase: what learns, in which mode, with a new optimizer."""
-        number, _ = phase_of(self.phases, epoch)
-        self.phase = self.phases[number]
-        self.distiller.enter(number)
+        self.phase_number, _ = phase_of(self.phases, epoch)
+        self.phase = self.phases[self.phase_number]
+        self.distiller.enter(self.phase_number)
         set_trainable(self.distiller, self.phase)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.distiller, self.train.weight_decay, self.phase), lr=self.train.learning_rate
@@ -109,7 +109,8 @@ class Loop:
         train = self.train
         _, epochs = phase_of(self.phases, epoch)
         if epoch == epochs.start and (epoch > position.epoch or (position.round, position.batch) == (0, 0)):
-            self.enter(epoch)
+            if phase_of(self.phases, epoch)[0] != self.phase_number:
+                self.enter(epoch)
             self.distiller.begin()
         if self.between is not None:
             self.between.before_epoch(epoch)

@@ -2,4 +2,5 @@
 
 RECIPES = {
     "kd": "vkd.recipes.kd:KD",
+    "substage": "vkd.recipes.substage:Substage",
 }

@@ -101,7 +101,7 @@ class SubstageDistiller(Distiller):
 
     def _exits(self, student: nn.Module, exits: nn.Module, batch: Batch) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Maps of the substages that the phase reaches, and the logits of its exits."""
-        maps, outputs = student.stages(batch[FRAMES], self.names, self.step.newest + 1)  # type: ignore[operator]
+        maps, outputs = student.stages(batch[FRAMES], self.names, num_stages=self.step.newest + 1)  # type: ignore[operator]
         logits = {k: exits[k](maps[k].mean(dim=(2, 3, 4))) for k in self.step.exits if k < len(self.names) - 1}  # type: ignore[index]
         if outputs is not None:
             logits[len(self.names) - 1] = outputs[LOGITS]
@@ -116,13 +116,13 @@ class SubstageDistiller(Distiller):
 
     def _response(self, k: int, logits: Float[Tensor, "b c"], batch: Batch, helper: Float[Tensor, "b c"] | None) -> SumAndCount:
         rho, tau = self._between(self.recipe.resp.rho, k), self._between(self.recipe.resp.tau, k)
-        target, trust = batch[TARGET], batch[TRUST][:, 0] * batch[WEIGHT]
+        target = batch[TARGET]
         taught = response.soften(batch[f"{TEACHER}.{LOGITS}"], tau)
         if helper is not None:
             agrees = helper.argmax(dim=1) == target.argmax(dim=1)
             beta = torch.where(agrees, self.recipe.cascade.assistant_beta, 0.0)[:, None]
             taught = (1 - beta) * taught + beta * response.soften(helper, tau)
-        return response.response(logits, target, taught, (rho, tau), batch[WEIGHT], trust)
+        return response.response(logits, target, taught, response.Mix(rho, tau), batch[WEIGHT], batch[TRUST][:, 0])
 
     def _between(self, ends: tuple[float, float], k: int) -> float:
         return ends[0] + (ends[1] - ends[0]) * (k / (len(self.names) - 1) if len(self.names) > 1 else 1.0)
@@ -133,7 +133,7 @@ class SubstageDistiller(Distiller):
         if not self._assisted(self.step) or self.assistant is None:
             return None
         reached = self.step.newest
-        maps, _ = self.assistant["student"].stages(batch[FRAMES], self.names, reached)  # type: ignore[operator]
+        maps, _ = self.assistant["student"].stages(batch[FRAMES], self.names, num_stages=reached)  # type: ignore[operator]
         exits = self.assistant["exits"]
         logits = {k: exits[k](maps[k].mean(dim=(2, 3, 4))) for k in range(reached)}  # type: ignore[index]
         return self._fused(logits) if self.recipe.combos.fused else logits[reached - 1]

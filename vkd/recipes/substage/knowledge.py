@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vkd import gather
 from vkd.descriptors import Descriptor
 from vkd.losses import features, relation
+from vkd.losses.adapters import DescriptorAdapter
 from vkd.losses.batchwise import gathered
 from vkd.losses.distillation import SumAndCount
 from vkd.recipes.substage.harmonise import Harmoniser
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
 Found = dict[tuple[str, int], SumAndCount]  # (kind of loss, substage) -> loss
 Rows = Float[Tensor, "n 6 d"]
 MOMENTUM = 0.99  # of the teacher's running deviation, and of how alike the stages are
-
-
-class Adapter(nn.Module):
-    """A student's descriptor in the teacher's channels: one map for means and profile, one for deviations."""
-
-    def __init__(self, num_in: int, num_out: int) -> None:
-        super().__init__()
-        self.means, self.deviations = nn.Linear(num_in, num_out), nn.Linear(num_in, num_out)
-
-    def forward(self, rows: Float[Tensor, "n 6 c"]) -> Rows:
-        return torch.cat([self.means(rows[:, :1]), self.deviations(rows[:, 1:2]), self.means(rows[:, 2:])], dim=1)
 
 
 class Knowledge(nn.Module):
@@ -53,7 +43,7 @@ class Knowledge(nn.Module):
         self.adapters = nn.ModuleDict()
         for k, c in enumerate(channels):
             for j in self._targets(k, len(sizes)):
-                self.adapters[f"{k}-{j}"] = Adapter(c, sizes[j])
+                self.adapters[f"{k}-{j}"] = DescriptorAdapter(c, sizes[j])
         self.harmoniser = Harmoniser(len(channels), recipe.harmonise.tau, recipe.harmonise.clip)
         for j, d in enumerate(sizes):
             self.register_buffer(f"scale{j}", torch.full((features.NUM_STATISTICS, d), torch.nan))
