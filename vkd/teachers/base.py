@@ -25,8 +25,12 @@ class Teacher(ABC):
     """
 
     version: ClassVar[int]
-    needs: ClassVar[tuple[str, ...]] = (FRAMES,)
     sampling: Sampling
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Columns that its batches must have: `frames`, and any of the manifest's, which come as text, empty where there is nothing."""
+        return (FRAMES,)
 
     @property
     @abstractmethod
@@ -51,8 +55,9 @@ class Teacher(ABC):
         """The batch with labels (float32, one row per clip) added, of a batch with `frames` uint8 [B, T, S, S, 3]. Only after `load`."""
 
     def probe_batch(self) -> Columns:
-        """The built-in synthetic clip: one row of drifting colour waves, the same bytes on every machine."""
-        return {FRAMES: probe_frames(self.sampling)[None]}
+        """The built-in synthetic clip: one row of drifting colour waves, the same bytes on every machine; other columns are empty text."""
+        empty = {name: np.array([""]) for name in self.needs}
+        return empty | {FRAMES: probe_frames(self.sampling)[None]}
 
 
 class HalvingBatches:
