@@ -149,6 +149,7 @@ def train(work: tuple[Path, int, str, str, dict[str, Any]]) -> dict[str, float]:
         found[name] = float((answers.argmax(1) == truths).mean())
     _, taught, truths = answers_of(run, plan, sets, TRAIN, student)
     table = table_of(run, plan, sets["teacher"])
+    assert table is not None
     last = table.prepare(run.train.epochs)
     found |= {
         "given": table.accuracy(0) or 0.0,
@@ -163,7 +164,7 @@ def train(work: tuple[Path, int, str, str, dict[str, Any]]) -> dict[str, float]:
 def answers_of(run: Run, plan: Plan, sets: Mapping[str, Any], split: str, student: Student) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What student and teacher answer of the clips of a split, and what is true."""
     feeder = Feeder(run, plan, sets, split)
-    truths = {n: name for n, name in enumerate(name for chunk in plan.chunks for name in plan.examples(chunk)["truth"].to_pylist())}
+    truths = [name for chunk in plan.chunks for name in plan.examples(chunk)["truth"].to_pylist()]
     rounds = [Round(0, i, (chunk,)) for i, chunk in enumerate(np.flatnonzero(feeder.sizes).tolist())]
     batches = [fed.batch for fed in feeder.stream(rounds, 100, seed=0)]
     said = torch.cat([student(batch[schema.FRAMES])["logits"] for batch in batches]).numpy()
@@ -243,8 +244,8 @@ def mask(shape: str, down: np.ndarray, across: np.ndarray, half: float) -> np.nd
         return (down < half * 0.8) & (across < half * 0.8)
     if shape == "cross":
         return ((down < half / 3) & (across < half)) | ((across < half / 3) & (down < half))
-    distance = np.hypot(down, across)
-    return (distance < half) & (distance > half * 0.55)
+    distance: np.ndarray = np.hypot(down, across)
+    return np.asarray((distance < half) & (distance > half * 0.55))
 
 
 def write_video(path: Path, clip: np.ndarray) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vkd import cli_jobs, cli_labels, cli_parts, cli_plan
+from vkd import cli_jobs, cli_labels, cli_parts, cli_plan, cli_probe
 from vkd.cli_parts import Json, Overrides, RunFile
 from vkd.cli_plan import MaxCost, MaxHours, PriceFile
 from vkd.errors import ConfigError, StorageError, VkdError, redact
@@ -22,6 +22,7 @@ def _with_others(typed: typer.Typer) -> typer.Typer:
     typed.add_typer(cli_jobs.app)
     typed.add_typer(cli_jobs.jobs, name="jobs")
     typed.command()(cli_plan.plan)
+    typed.command()(cli_probe.probe)
     return typed
 
 
@@ -189,12 +190,9 @@ def status(store: Annotated[str, typer.Argument(help="A label store, or a run fi
     from vkd.status import store_status
 
     with cli_parts.screen(as_json) as screen:
-        rows = store_status(cli_parts.store_of(store), time.time())
-        screen.table(
-            f"labels in {cli_parts.store_of(store)}",
-            ("set", "view", "labelled", "rejected", "of", "clips/s", "left"),
-            [r.cells() for r in rows],
-        )
+        place, header = cli_parts.store_of(store), ("set", "view", "labelled", "rejected", "of", "clips/s", "left")
+        rows = store_status(place, time.time())
+        screen.table(f"labels in {place}", header, [r.cells() for r in rows])
         cli_parts.finish(as_json, {"sets": [vars(row) for row in rows]})
 
 

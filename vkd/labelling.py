@@ -144,6 +144,8 @@ def _refuse_early(run: Run, plan: Plan, teachers: Mapping[str, Teacher]) -> None
         if error.kind == "not_allowed":
             raise ConfigError(error.what, where=error.where, action="add its folder to data.allow") from error
     assign_splits(first, run.data.split)
+    for alias, teacher in teachers.items():
+        planning.require_columns(plan, planning.columns_for([teacher]), f"recipe.{alias}")
     run.recipe.distiller({alias: teacher.emits for alias, teacher in teachers.items()}, len(plan.classes()))
 
 
@@ -154,8 +156,8 @@ def _job(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec], teachers: Mapp
     samplings = list(dict.fromkeys(wanted.values()))
     column = {alias: f"{FRAMES}.{samplings.index(sampling)}" for alias, sampling in wanted.items()}
     views = ViewPolicy(**run.data.views.policy())
-    how = planning.decoding(run, samplings)
-    return Job(plan, views, how, run.store, run.recipe.teachers, specs, column, items, run.data.views.count)
+    how, columns = planning.decoding(run, samplings), planning.columns_for(teachers.values())
+    return Job(plan, views, how, run.store, run.recipe.teachers, specs, column, items, run.data.views.count, columns=columns)
 
 
 def _free(job: Job, compute: Compute, patience_s: float) -> Resources:

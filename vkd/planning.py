@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from vkd.errors import ConfigError
 from vkd.manifest import Manifest
 from vkd.models import ModelSpec
 from vkd.rounds import Chunk, chunks_of
-from vkd.schema import TensorType
+from vkd.schema import FRAMES, Columns, TensorType
 from vkd.store.labelset import LabelSetSpec
 from vkd.students import STUDENTS
 from vkd.teachers import TEACHERS
@@ -91,6 +91,25 @@ def build_teachers(specs: Mapping[str, ModelSpec]) -> dict[str, Teacher]:
     return {alias: models.build(spec, TEACHERS, "teacher") for alias, spec in specs.items()}
 
 
+def columns_for(teachers: Iterable[Teacher]) -> tuple[str, ...]:
+    """Sorted names of the manifest columns that teachers need."""
+    return tuple(sorted({name for teacher in teachers for name in teacher.needs} - {FRAMES}))
+
+
+def require_columns(plan: Plan, names: Iterable[str], where: str) -> None:
+    """Raises ConfigError, which says what is there, for the first column that the plan's examples lack."""
+    there = plan.examples(plan.chunks[0]).column_names
+    for name in names:
+        if name not in there:
+            what = f"the manifest lacks the column {name!r}; it has {', '.join(there)}"
+            raise ConfigError(what, where=where, action="name one of these, or build the manifest from a table that has it")
+
+
+def text_columns(examples: pa.Table, names: Iterable[str]) -> Columns:
+    """Columns of examples as text, empty where there is nothing."""
+    return {name: np.array(["" if v is None else str(v) for v in examples[name].to_pylist()], np.str_) for name in names}
+
+
 def student_sampling(run: Run) -> Sampling:
     """How the run's student looks at a view."""
     sampling: Sampling = models.build(run.recipe.student, STUDENTS, "student", heads={}).sampling
@@ -134,12 +153,12 @@ def named(label: str | None) -> list[str]:
     return label.split("|") if label else []
 
 
-def label_numbers(examples: pa.Table, classes: Sequence[str]) -> np.ndarray:
+def label_numbers(examples: pa.Table, classes: Sequence[str], column: str = schema.LABEL) -> np.ndarray:
     """int64 class of each example; -1 where its label names none, or several."""
-    if schema.LABEL not in examples.column_names:
+    if column not in examples.column_names:
         return np.full(examples.num_rows, -1, np.int64)
     number = {name: i for i, name in enumerate(classes)}
-    return np.array([number.get(name, -1) for name in examples[schema.LABEL].to_pylist()], np.int64)
+    return np.array([number.get(name, -1) for name in examples[column].to_pylist()], np.int64)
 
 
 def _input_fields(run: Run, sampling: Sampling) -> dict[str, Any]:

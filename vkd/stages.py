@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vkd import schema
+from vkd import planning, schema
 from vkd.clips import Clip, ViewPolicy
 from vkd.errors import VideoError
 from vkd.models import ModelSpec
@@ -54,6 +54,7 @@ class Job:
     items: Sequence[Item]
     num_views: int = 1  # item.view k shows what view k mod num_views shows
     link: Link | None = None  # to training, when that waits for what is committed
+    columns: tuple[str, ...] = ()  # of the manifest, that some teacher needs
 
 
 def decode(job: Job, batch: Columns) -> Columns:
@@ -65,9 +66,10 @@ def decode(job: Job, batch: Columns) -> Columns:
     started_s, clock_s = time.process_time(), time.monotonic()
     lacks = still_lacking(job, item)
     wanted = [schema.EXAMPLE_ID, schema.VIDEO_ID, schema.URI, schema.START_S, schema.END_S]
-    examples = job.plan.examples(item.chunk).select(wanted).to_pylist()
+    planned = job.plan.examples(item.chunk)
     if not lacks:  # another driver was faster: one row tells the next stages so
-        examples = examples[:1]
+        planned = planned.slice(0, 1)
+    examples = planned.select(wanted).to_pylist()
     ids = [example[schema.EXAMPLE_ID] for example in examples]
     before_s = guard.here(job.decoding).cpu_s
     columns, rejects = _decoded(job, item, examples if lacks else [])
@@ -77,11 +79,17 @@ def decode(job: Job, batch: Columns) -> Columns:
     decode_s = time.process_time() - started_s + guard.here(job.decoding).cpu_s - before_s
     busy_s = {DECODE: time.monotonic() - clock_s}
     stats = {"lacks": lacks, "decode_s": decode_s, "teach_s": {}, "busy_s": busy_s, "fidelity": {}, "statistics": {}}
+    columns |= {carried(name): texts for name, texts in planning.text_columns(planned, job.columns).items()}
     return columns | {
         ITEM: np.full(len(examples), number),
         REJECT: np.array([json.dumps(asdict(rejects[i])) if i in rejects else "" for i in range(len(examples))]),
         STATS: np.array([json.dumps(stats)] * len(examples)),
     }
+
+
+def carried(name: str) -> str:
+    """How a manifest column is called on its way to the teachers."""
+    return f"{schema.EXAMPLE}.{name}"
 
 
 def still_lacking(job: Job, item: Item) -> list[str]:

@@ -14,7 +14,7 @@ from vkd.errors import TeacherError
 from vkd.metrics.label_statistics import Spread, Statistics, label_statistics
 from vkd.rounds import Chunk
 from vkd.schema import FRAMES, Columns, TensorType
-from vkd.stages import ITEM, KEPT, REJECT, STATS, Job, commit, device, recorded
+from vkd.stages import ITEM, KEPT, REJECT, STATS, Job, carried, commit, device, recorded
 from vkd.store.encodings import fidelity
 from vkd.store.labelset import ChunkRows, LabelSet, Reject
 
@@ -59,7 +59,8 @@ class Teach:
             started_s, clock_s = time.process_time(), time.monotonic()
             ids = self.job.plan.examples(item.chunk)[schema.EXAMPLE_ID].to_pylist()
             frames = batch[self.job.column[self.alias]]
-            labels, rejects = self._labels(frames, rejects, item.chunk)
+            given = {FRAMES: frames} | {name: batch[carried(name)] for name in planning.columns_for([self.teacher])}
+            labels, rejects = self._labels(given, rejects, item.chunk)
             good = np.array([row for row in range(len(frames)) if row not in rejects], np.int64)
             told = self._describe(frames[good], {name: rows[good] for name, rows in labels.items()})
             commit(self.job, self.set, item, ChunkRows(ids, rejects, labels))
@@ -73,12 +74,13 @@ class Teach:
         stats["elsewhere"] = 0 if stats["lacks"] else self.job.plan.examples(item.chunk).num_rows
         return {STATS: np.array([json.dumps(stats)])}
 
-    def _labels(self, frames: np.ndarray, rejects: Mapping[int, Reject], chunk: Chunk) -> tuple[Columns, dict[int, Reject]]:
+    def _labels(self, given: Columns, rejects: Mapping[int, Reject], chunk: Chunk) -> tuple[Columns, dict[int, Reject]]:
         """Labels of all rows (zeros where rejected), checked against the contract; rows that raise or are not finite are rejected."""
-        labels = {name: np.zeros((len(frames), *tensor.row_shape), tensor.dtype) for name, tensor in self.spec.tensors.items()}
+        num_rows = len(given[FRAMES])
+        labels = {name: np.zeros((num_rows, *tensor.row_shape), tensor.dtype) for name, tensor in self.spec.tensors.items()}
         found = dict(rejects)
-        good = [row for row in range(len(frames)) if row not in rejects]
-        for rows, answered in self._asked(frames, good, found, chunk):
+        good = [row for row in range(num_rows) if row not in rejects]
+        for rows, answered in self._asked(given, good, found, chunk):
             for name, tensor in self.spec.tensors.items():
                 if answered[name].shape != (len(rows), *tensor.row_shape):
                     raise TeacherError(
@@ -89,7 +91,7 @@ class Teach:
                 found |= {rows[i]: Reject("teach", "not_finite", f"{name} is not finite", True, 1) for i in np.flatnonzero(~finite)}
         return labels, found
 
-    def _asked(self, frames: np.ndarray, rows: list[int], rejects: dict[int, Reject], chunk: Chunk) -> list[tuple[list[int], Columns]]:
+    def _asked(self, given: Columns, rows: list[int], rejects: dict[int, Reject], chunk: Chunk) -> list[tuple[list[int], Columns]]:
         """Answers for all rows at once, or, when the teacher raises, for each alone; one at which it raises again is rejected.
 
         Raises TeacherError when it raises at every clip: then no clip is to blame.
@@ -97,13 +99,13 @@ class Teach:
         if not rows:
             return []
         try:
-            return [(rows, self._answers({FRAMES: frames[np.array(rows)]}))]
+            return [(rows, self._answers({name: column[np.array(rows)] for name, column in given.items()}))]
         except RAISED as error:
             first = _told(error)
         answered = []
         for row in rows:
             try:
-                answered.append(([row], self._answers({FRAMES: frames[row : row + 1]})))
+                answered.append(([row], self._answers({name: column[row : row + 1] for name, column in given.items()})))
             except RAISED as error:
                 rejects[row] = Reject("teach", "teacher_error", _told(error), False, 2)
         if not answered and len(rows) > 1:

@@ -171,19 +171,21 @@ def _label_again(run: Run, plan: Plan, teacher: Teacher, label_set: LabelSet, nu
     teacher.load(stages.device())
     rng = np.random.default_rng(0)
     lowest: dict[str, float] = {}
+    columns = planning.columns_for([teacher])
     chunks = sorted(label_set.committed(run.held_out_view).keys() & set(plan.chunks))
     for chunk in (chunks[i] for i in rng.integers(len(chunks), size=num_sampled).tolist()):
         try:
-            table, examples = label_set.read(run.held_out_view, chunk, verify=True), plan.examples(chunk).to_pylist()
+            table, planned = label_set.read(run.held_out_view, chunk, verify=True), plan.examples(chunk)
         except StorageError:
             continue  # `verify_files` tells of it
         row = int(rng.integers(table.num_rows))
         if table[schema.STATUS][row].as_py() == schema.REJECTED:
             continue
-        (frames,) = stages.decode_or_reject([stages.clip_of(examples[row], run.data.views, 0)], planning.decoding(run, [teacher.sampling]))
+        (example,) = planned.slice(row, 1).to_pylist()
+        (frames,) = stages.decode_or_reject([stages.clip_of(example, run.data.views, 0)], planning.decoding(run, [teacher.sampling]))
         if isinstance(frames, Reject):
             continue
-        answered = teacher({schema.FRAMES: frames[0][None]})
+        answered = teacher({schema.FRAMES: frames[0][None]} | planning.text_columns(planned.slice(row, 1), columns))
         for name in teacher.emits:
             stored = np.asarray(decode(table, name, np.array([row]))[0])
             agreement = cosine(_comparable(answered[name][0], label_set, name), stored.ravel())

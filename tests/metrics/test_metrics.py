@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torchmetrics import CosineSimilarity, KLDivergence
@@ -18,7 +19,7 @@ from torchmetrics.functional import accuracy
 from vkd.layers import EncoderBlock
 from vkd.metrics.cost import flops, latency_s, num_parameters
 from vkd.metrics.fidelity import mean_cosine, mean_kl, top1_agreement
-from vkd.metrics.probes import VOTE_TEMPERATURE, knn_accuracy, linear_probe
+from vkd.metrics.probes import VOTE_TEMPERATURE, fit_linear, knn_accuracy, linear_probe
 
 RNG = np.random.default_rng(0)
 
@@ -99,6 +100,19 @@ def test_linear_probe_of_many_features_at_uneven_scales_converges() -> None:
     x, y = blobs(150, 3)
     wide = np.concatenate([x, RNG.normal(size=(150, 512)).astype(np.float32)], axis=1) * np.logspace(-3, 3, 520, dtype=np.float32)
     assert linear_probe(wide, y, wide, y).accuracy == 1.0
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_a_fitted_classifier_gives_sklearns_probabilities(num_classes: int) -> None:
+    x, y = blobs(120, 4)
+    x, y = x[y != 9] if num_classes == 2 else x, y[y != 9] if num_classes == 2 else y
+    number = np.unique(y, return_inverse=True)[1]
+    fitted = fit_linear(x.astype(np.float64), number)
+    standardised = (x.astype(np.float64) - x.mean(axis=0, dtype=np.float64)) / x.std(axis=0, dtype=np.float64)
+    expected = LogisticRegression(max_iter=2000).fit(standardised, number).predict_proba(standardised)
+    logits = (x - fitted.mean) / fitted.scale @ fitted.weight.T + fitted.bias
+    assert logits.shape == (len(x), num_classes)
+    np.testing.assert_allclose(torch.from_numpy(logits).softmax(1).numpy(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("probe", [knn_accuracy, linear_probe])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,37 @@ import torch
 from vkd import checkpoint, models
 from vkd.errors import ConfigError, TeacherError
 from vkd.models import ModelSpec
-from vkd.schema import Columns
+from vkd.schema import FRAMES, Columns
 from vkd.students import STUDENTS
 from vkd.teachers import TEACHERS
-from vkd.teachers.base import FRAMES, Teacher
+from vkd.teachers.base import Teacher
+from vkd.teachers.probe import Probe
 
 Options = dict[str, Any]
 
 
-def exported_student(folder: Path, seed: int = 0, name: str = "shift_cnn") -> str:
-    """The folder of a small student with two heads and random weights."""
+def exported_student(folder: Path, seed: int = 0, name: str = "shift_cnn", heads: Mapping[str, int] | None = None) -> str:
+    """The folder of a small student with two heads, or others, and random weights."""
     torch.manual_seed(seed)
     spec = ModelSpec(name=name, options={"num_frames": 4, "size_px": 32})
-    student = models.build(spec, STUDENTS, "student", heads={"logits": 10, "embedding": 16})
+    student = models.build(spec, STUDENTS, "student", heads=heads or {"logits": 10, "embedding": 16})
     checkpoint.export(student, spec, str(folder), {})
     return str(folder)
+
+
+def fitted_probe(path: Path, seed: int = 0) -> str:
+    """The file of a random probe on embeddings of 16 values, cross-fitted by `person`."""
+    rng = np.random.default_rng(seed)
+    weight, bias, mean = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 4, 16), (3, 4), (3, 16)))
+    probe = Probe(weight, bias, mean, np.full((3, 16), 0.1, np.float32), ["a", "b", "c", "d"], "person", ["p0", "p1"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(probe.to_bytes())
+    return str(path)
+
+
+def a_probe(folder: Path) -> Options:
+    of = {"name": "student", "path": exported_student(folder / "student")}
+    return {"path": fitted_probe(folder / "probe.safetensors"), "of": of}
 
 
 # for each teacher, and once more with descriptors: the options to test it with, and others that must change its identity
@@ -48,6 +64,13 @@ CASES: dict[str, tuple[Callable[[Path], Options], list[Callable[[Path], Options]
     "student with descriptors": (
         lambda tmp: {"path": exported_student(tmp / "a", name="tiny_r3d"), "substages": ["layer2", "layer4"], "descriptors": "full"},
         [lambda tmp: {"descriptors": "proj128"}, lambda tmp: {"substages": True}],
+    ),
+    "probe": (
+        a_probe,
+        [
+            lambda tmp: {"path": fitted_probe(tmp / "b.safetensors", seed=1)},
+            lambda tmp: {"of": {"name": "student", "path": exported_student(tmp / "b", seed=1)}},
+        ],
     ),
 }
 SECOND = {"EfficientNetLite": "_blocks.4", "ShiftCNN": "blocks.1", "TinyR3D": "layer4"}  # the second part that `maps` gives
@@ -73,12 +96,22 @@ def build(name: str, options: Options) -> Teacher:
 
 
 def clips(teacher: Teacher, num_clips: int) -> Columns:
-    """Noise of growing contrast, read-only as Ray's batches are."""
+    """Noise of growing contrast, read-only as Ray's batches are, and text in the other columns that the teacher needs."""
     s = teacher.sampling
     rng = np.random.default_rng(0)
     frames = np.stack([rng.integers(0, 20 * (i + 1), (s.num_frames, s.size_px, s.size_px, 3), np.uint8) for i in range(num_clips)])
     frames.flags.writeable = False
-    return {FRAMES: frames}
+    texts = np.array([f"p{i}" for i in range(num_clips)])
+    return {name: frames if name == FRAMES else texts for name in teacher.needs}
+
+
+def some(batch: Columns, rows: slice) -> Columns:
+    return {name: column[rows] for name, column in batch.items()}
+
+
+def of_batch_size(options: Options, batch_size: int) -> Options:
+    """The same teacher, which takes so many clips at once; a probe leaves that to the teacher that it wraps."""
+    return options | ({"of": options["of"] | {"batch_size": batch_size}} if "of" in options else {"batch_size": batch_size})
 
 
 def test_every_registered_teacher_is_tested() -> None:
@@ -88,7 +121,7 @@ def test_every_registered_teacher_is_tested() -> None:
 def test_output_is_what_emits_says(teacher: Teacher) -> None:
     batch = clips(teacher, 2)
     out = teacher(batch)
-    assert set(out) == {*teacher.emits, FRAMES}
+    assert set(out) == {*teacher.emits, *batch}
     assert out[FRAMES] is batch[FRAMES]
     for name, tensor in teacher.emits.items():
         assert out[name].dtype == tensor.dtype
@@ -101,13 +134,13 @@ def test_input_is_left_alone(teacher: Teacher) -> None:
     batch = clips(teacher, 1) | {"other": np.arange(1)}
     before = batch[FRAMES].copy()
     out = teacher(batch)
-    assert set(batch) == {FRAMES, "other"}
+    assert set(batch) == {*teacher.needs, "other"}
     np.testing.assert_array_equal(batch[FRAMES], before)
     np.testing.assert_array_equal(out["other"], batch["other"])
 
 
 def test_empty_batch(teacher: Teacher) -> None:
-    out = teacher({FRAMES: clips(teacher, 1)[FRAMES][:0]})
+    out = teacher(some(clips(teacher, 1), slice(0)))
     for name, tensor in teacher.emits.items():
         assert out[name].shape == (0, *tensor.shape)
 
@@ -126,7 +159,7 @@ def test_rows_do_not_depend_on_their_batch(teacher: Teacher) -> None:
     batch = clips(teacher, 5)
     together = teacher(batch)
     for i in range(5):
-        alone = teacher({FRAMES: batch[FRAMES][i : i + 1]})
+        alone = teacher(some(batch, slice(i, i + 1)))
         for name in teacher.emits:
             np.testing.assert_allclose(alone[name][0], together[name][i], atol=1e-4)
 
@@ -137,7 +170,7 @@ def test_identity_is_stable_and_names_what_decides(case: tuple[str, Options, Pat
     assert json.loads(json.dumps(identity)) == identity == build(name, options).identity()
     assert identity["name"] == name.partition(" ")[0]
     assert identity["version"] == build(name, options).version
-    assert identity == build(name, options | {"batch_size": 3}).identity()
+    assert identity == build(name, of_batch_size(options, 3)).identity()
     assert str(folder) not in json.dumps(identity)
     for change in CASES[name][1]:
         assert build(name, options | change(folder)).identity() != identity
@@ -145,10 +178,16 @@ def test_identity_is_stable_and_names_what_decides(case: tuple[str, Options, Pat
 
 def test_nothing_of_a_loaded_teacher_learns(teacher: Teacher) -> None:
     modules = [value for value in vars(teacher).values() if isinstance(value, torch.nn.Module)]
-    assert modules
-    for module in modules:
+    for module in [*modules, teacher.module]:
         assert not any(part.training for part in module.modules())
         assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_the_probe_batch_has_what_it_needs(teacher: Teacher) -> None:
+    batch = teacher.probe_batch()
+    assert set(batch) == set(teacher.needs)
+    assert FRAMES in batch
+    assert all(batch[name].tolist() == [""] for name in teacher.needs if name != FRAMES)
 
 
 def test_use_before_load_is_refused(case: tuple[str, Options, Path]) -> None:

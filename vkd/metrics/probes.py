@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 VOTE_TEMPERATURE = 0.07  # Wu et al. 2018
@@ -20,6 +20,15 @@ class LinearProbe(NamedTuple):
     accuracy: float
     num_train: int
     num_test: int
+
+
+class LinearClassifier(NamedTuple):
+    """Logits are `weight @ ((x - mean) / scale) + bias`."""
+
+    weight: Float[np.ndarray, "c d"]
+    bias: Float[np.ndarray, " c"]
+    mean: Float[np.ndarray, " d"]
+    scale: Float[np.ndarray, " d"]
 
 
 def knn_accuracy(
@@ -56,9 +65,21 @@ def linear_probe(
 ) -> LinearProbe:
     """Logistic regression on standardised features: the same inputs give the same result. Needs two classes to fit."""
     _require_rows(train_x, test_x)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    probe.fit(train_x, train_y)
+    probe = _unfitted().fit(train_x, train_y)
     return LinearProbe(float(probe.score(test_x, test_y)), len(train_x), len(test_x))
+
+
+def fit_linear(x: Float[np.ndarray, "n d"], y: Int[np.ndarray, " n"]) -> LinearClassifier:
+    """The classifier that `linear_probe` fits; `y` must hold every class from 0 to c - 1, and c must be 2 or more."""
+    scaler, regression = _unfitted().fit(x, y)
+    weight, bias = regression.coef_, regression.intercept_
+    if len(bias) == 1:  # of two classes scikit-learn keeps the difference only
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return LinearClassifier(weight, bias, scaler.mean_, scaler.scale_)
+
+
+def _unfitted() -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
 
 
 def _unit(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

@@ -2,5 +2,6 @@
 
 TEACHERS = {
     "efficientnet_lite": "vkd.teachers.efficientnet_lite:EfficientNetLiteTeacher",
+    "probe": "vkd.teachers.probe:ProbeTeacher",
     "student": "vkd.teachers.student:StudentTeacher",
 }

@@ -27,8 +27,12 @@ class Teacher(ABC):
     """
 
     version: ClassVar[int]
-    needs: ClassVar[tuple[str, ...]] = (FRAMES,)
     sampling: Sampling
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Columns that its batches must have: `frames`, and any of the manifest's, which come as text, empty where there is nothing."""
+        return (FRAMES,)
 
     @property
     @abstractmethod
@@ -62,8 +66,9 @@ class Teacher(ABC):
         raise ConfigError(f"{type(self).__name__} gives no maps of its stages", where=KEY, action=action)
 
     def probe_batch(self) -> Columns:
-        """The built-in synthetic clip: one row of drifting colour waves, the same bytes on every machine."""
-        return {FRAMES: probe_frames(self.sampling)[None]}
+        """The built-in synthetic clip: one row of drifting colour waves, the same bytes on every machine; other columns are empty text."""
+        empty = {name: np.array([""]) for name in self.needs}
+        return empty | {FRAMES: probe_frames(self.sampling)[None]}
 
 
 class HalvingBatches:

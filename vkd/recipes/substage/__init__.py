@@ -172,7 +172,7 @@ class Substage(Recipe):
 
 def stage_types(types: Mapping[str, TensorType]) -> Sequence[TensorType]:
     """Of the labels stage1, stage2, ... in order."""
-    found = []
+    found: list[TensorType] = []
     while (name := f"stage{len(found) + 1}") in types:
         found.append(types[name])
     return found

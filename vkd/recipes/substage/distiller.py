@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,7 @@ class SubstageDistiller(Distiller):
         self.student, self.recipe = student, recipe
         self.names = recipe.substages or student.substages
         channels, last = _channels(student, self.names), len(self.names) - 1
-        num_classes = student.heads[LOGITS].out_features
+        num_classes = cast(nn.Linear, student.heads[LOGITS]).out_features
         self.exits = nn.ModuleList(nn.Linear(channels[k], num_classes) for k in range(last))  # that of the last substage is the student's
         self.fusion = nn.Parameter(torch.zeros(len(self.names)))
         self.knowledge = Knowledge(recipe, channels, stages) if recipe.uses_features else None
@@ -97,7 +97,7 @@ class SubstageDistiller(Distiller):
         self._noted = {}
         found = {name: right / count for name, (right, count) in noted.items() if count}
         found |= {f"alpha/{k + 1}": weight for k, weight in enumerate(self._weights().tolist())}
-        return found | (self.knowledge.metrics() if self.knowledge is not None else {})
+        return {**found, **(self.knowledge.metrics() if self.knowledge is not None else {})}
 
     def _exits(self, student: nn.Module, exits: nn.Module, batch: Batch) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Maps of the substages that the phase reaches, and the logits of its exits."""
@@ -176,7 +176,7 @@ class SubstageDistiller(Distiller):
         return rates
 
     def _taught(self, batch: Batch) -> list[Tensor]:
-        found = []
+        found: list[Tensor] = []
         while (name := f"{TEACHER}.stage{len(found) + 1}") in batch:
             found.append(batch[name])
         return found

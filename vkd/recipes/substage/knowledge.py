@@ -33,6 +33,8 @@ class Knowledge(nn.Module):
     so a loss is that of the whole batch, whatever their number.
     """
 
+    alike: Tensor  # linear CKA of the student's substages with the teacher's
+
     def __init__(self, recipe: Substage, channels: Sequence[int], stages: Sequence[TensorType]) -> None:
         super().__init__()
         self.fd, self.rel = recipe.fd, recipe.rel

@@ -14,9 +14,12 @@ HEADS = "heads."
 class Cascade(Protocol):
     """Epochs of the phases."""
 
-    warmup: int
-    per_stage: int
-    joint: int
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def per_stage(self) -> int: ...
+    @property
+    def joint(self) -> int: ...
 
 
 @dataclass(frozen=True)
