@@ -16,7 +16,8 @@ from jaxtyping import install_import_hook
 if TYPE_CHECKING:  # fixtures import what they need: the hook must come before the modules that it checks
     from vkd.run import Run
 
-install_import_hook(["vkd.losses", "vkd.metrics", "vkd.layers", "vkd.students", "vkd.teachers"], "beartype.beartype")
+CHECKED = ["vkd.losses", "vkd.metrics", "vkd.layers", "vkd.similarity_layers", "vkd.regions", "vkd.search", "vkd.students", "vkd.teachers"]
+install_import_hook(CHECKED, "beartype.beartype")
 settings.register_profile("vkd", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vkd")
 torch.set_num_threads(1)
