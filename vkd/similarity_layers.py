@@ -115,7 +115,7 @@ def frame_similarity(
 
 
 class _RegionChamfer(torch.autograd.Function):
-    """One matrix product per target region. Autograd would keep all of them; which region was best is a byte for each of the nine."""
+    """One matrix product per target region. Autograd would keep them all; a byte that says which was best is enough."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, target: Tensor) -> Tensor:
@@ -170,9 +170,7 @@ class Comparator(nn.Module):
         self, similarity: Float[Tensor, "b n m"], mask: Bool[Tensor, "b n m"] | None = None
     ) -> tuple[Float[Tensor, "b i j"], Bool[Tensor, "b i j"] | None]:
         if min(similarity.shape[1:]) < MIN_FRAMES:
-            raise ValueError(
-                f"{list(similarity.shape[1:])} frames: at least {MIN_FRAMES} of each video are needed, repeat a short one's"
-            )
+            raise ValueError(f"{list(similarity.shape[1:])} frames: at least {MIN_FRAMES} of each video are needed, repeat a short one's")
         x, valid = similarity[:, None], None if mask is None else mask[:, None]
         for conv in (self.conv1, self.conv2):
             x = F.relu(F.max_pool2d(_kept(conv(x), valid), 2))

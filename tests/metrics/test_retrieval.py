@@ -113,7 +113,8 @@ def test_fivr_finds_all_that_is_relevant(truth_dir: Path, name: str, mean_releva
     for (task, labels), expected in zip(FIVR_LABELS.items(), mean_relevant, strict=True):
         relevant = {query: {v for label in labels.split() for v in annotation[query].get(label, [])} for query in scores.queries}
         counts = [len(videos & set(database)) for videos in relevant.values()]
-        assert np.mean(counts) == pytest.approx(expected, abs=0.5)  # the labels of today are not those of the first publication
+        tolerance = 0.05 if "database" in truth else 0.5  # published means are within a database; that of 200K is not here
+        assert np.mean(counts) == pytest.approx(expected, abs=tolerance)
         assert fivr(perfect(scores, relevant), annotation)[task] == 1
 
 
@@ -152,23 +153,23 @@ def test_cc_web_video_counts_what_the_database_lacks() -> None:
 
 def test_evve(truth_dir: Path) -> None:
     truth = load(truth_dir, "evve")
-    scores = random_scores(truth["queries"], truth["database"])
+    scores = random_scores(truth["queries"][::4], truth["database"])
     found, by_event = evve(scores, truth["events"]), []
     rows = {query: row for row, query in enumerate(scores.queries)}
     for queries, positives, _ in truth["events"].values():
-        values = []
-        for query in queries:
+        values, relevant = [], set(positives)
+        for query in rows.keys() & set(queries):
             hits, total = 0, 0.0
             for rank, video in enumerate(ranking(scores, rows[query])):
-                if video in set(positives):
+                if video in relevant:
                     total += ((hits / rank if rank else 1) + (hits + 1) / (rank + 1)) / 2
                     hits += 1
             values.append(total / len(positives))
-        by_event.append(values)
+        by_event += [values] if values else []
     assert found["mAP"] == pytest.approx(np.mean([value for values in by_event for value in values]), abs=1e-9)
     assert found["mAP_events"] == pytest.approx(np.mean([np.mean(values) for values in by_event]), abs=1e-9)
-    relevant = {query: set(positives) for queries, positives, _ in truth["events"].values() for query in queries}
-    assert evve(perfect(scores, relevant), truth["events"]) == pytest.approx({"mAP": 1, "mAP_events": 1})
+    of_query = {query: set(positives) for queries, positives, _ in truth["events"].values() for query in queries}
+    assert evve(perfect(scores, of_query), truth["events"]) == pytest.approx({"mAP": 1, "mAP_events": 1})
 
 
 def test_svd(truth_dir: Path) -> None:

@@ -107,9 +107,7 @@ def test_scores_are_query_major(kind: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("length", "equal"), [(4, True), (5, False), (6, False), (7, False), (8, True), (9, False), (21, False), (23, False)]
-)
+@pytest.mark.parametrize(("length", "equal"), [(4, True), (5, False), (6, False), (7, False), (8, True), (9, False), (21, False)])
 def test_padding_changes_scores_where_frames_remain(length: int, equal: bool) -> None:
     student = small("plain")
     query, target, longest = videos(length, length, 24)

@@ -32,9 +32,9 @@ def absolute(student: Float[Tensor, " b"], teacher: Float[Tensor, " b"], weight:
 def excess(cells: Float[Tensor, "b i j"], mask: Bool[Tensor, "b i j"] | None, weight: Float[Tensor, " b"]) -> SumAndCount:
     """How far the comparator's cells lie outside [-1, 1], summed over a pair.
 
-    The paper adds 0.001 times the sum over a batch of 64 pairs to a mean over pairs; here the mean over pairs times 64 of these
-    is the same for its batch and does not change with batch size or number of ranks. Padding does not count: there the paper's
-    code adds what the last bias exceeds, and so depends on the longest video beside a pair.
+    The paper adds 0.001 times its sum over the 64 pairs of a batch: a weight of 0.064 on the mean over pairs, which unlike the sum
+    does not change with batch size or number of ranks. Padding does not count; in the paper's code it does, once the last bias
+    is itself outside.
     """
     outside = F.relu(cells.abs() - 1)
     rows = (outside if mask is None else outside.masked_fill(~mask, 0)).sum((1, 2))

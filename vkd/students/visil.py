@@ -84,7 +84,7 @@ class Visil(nn.Module):
         return torch.stack(rows)
 
     def exact(self, query: Float[Tensor, "n r k"], target: Float[Tensor, "m r k"]) -> Float[Tensor, ""]:
-        """Score of one pair of indexed videos of at least 4 frames, without padding; the mean over targets' parts of 2048 frames."""
+        """Score of one pair of indexed videos of at least 4 frames, without padding; of longer targets the mean over 2048-frame parts."""
         check_regions(query[None], None)
         check_regions(target[None], None)
         parts = [part for part in torch.split(target, CHUNK_FRAMES) if len(part) >= MIN_FRAMES or len(target) < MIN_FRAMES]
