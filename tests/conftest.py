@@ -16,7 +16,19 @@ from jaxtyping import install_import_hook
 if TYPE_CHECKING:  # fixtures import what they need: the hook must come before the modules that it checks
     from vkd.run import Run
 
-SHAPED = ("losses", "metrics", "layers", "stage_maps", "descriptors", "efficientnet", "students", "teachers")
+SHAPED = (
+    "losses",
+    "metrics",
+    "layers",
+    "stage_maps",
+    "similarity_layers",
+    "regions",
+    "search",
+    "descriptors",
+    "efficientnet",
+    "students",
+    "teachers",
+)
 install_import_hook([f"vkd.{name}" for name in SHAPED], "beartype.beartype")
 settings.register_profile("vkd", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vkd")

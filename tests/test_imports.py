@@ -12,7 +12,17 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 MODULES = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in sorted((REPOSITORY / "vkd").rglob("*.py"))}
-PURE = ("vkd.losses", "vkd.metrics", "vkd.layers", "vkd.clips", "vkd.rounds", "vkd.schema", "vkd.errors")
+PURE = (
+    "vkd.losses",
+    "vkd.metrics",
+    "vkd.layers",
+    "vkd.similarity_layers",
+    "vkd.regions",
+    "vkd.clips",
+    "vkd.rounds",
+    "vkd.schema",
+    "vkd.errors",
+)
 ONLY_IN = {  # a library, and the modules or packages that may import it
     "ray": (
         "vkd.cluster",

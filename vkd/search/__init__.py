@@ -1,0 +1,1 @@
+"""Search: what is stored of videos, and how it is compared."""
