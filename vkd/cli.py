@@ -165,6 +165,9 @@ def run_command(
     with cli_parts.screen(as_json, run, overrides) as screen:
         results: dict[str, Any] = {}
         for loaded in load(run, overrides or []):
+            if loaded.probe is not None:
+                results[loaded.name] = cli_probe.label_and_fit(loaded, loaded.probe, screen)
+                continue
             with cli_plan.limits(loaded, max_hours, max_cost, prices):
                 labelled, trained, measured = pipeline.run_all(loaded, screen)
             screen.close()
@@ -176,11 +179,8 @@ def run_command(
                 screen.retention(measured)
             screen.timings({})
             screen.line(f"results: {loaded.output}  (student/, {'evaluation.json, ' if measured else ''}run.yaml, tensorboard/)")
-            results[loaded.name] = {
-                "label": labelled and cli_parts.label_json(labelled),
-                "distill": cli_parts.train_json(trained),
-                "evaluate": measured,
-            }
+            told = labelled and cli_parts.label_json(labelled)
+            results[loaded.name] = {"label": told, "distill": cli_parts.train_json(trained), "evaluate": measured}
         cli_parts.finish(as_json, results)
 
 

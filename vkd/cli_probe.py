@@ -11,7 +11,9 @@ from vkd import cli_parts
 from vkd.cli_parts import Json, Overrides, RunFile
 
 if TYPE_CHECKING:
+    from vkd.console import Screen
     from vkd.probing import ProbeReport
+    from vkd.run import Probe as RunProbe
     from vkd.run import Run
 
 
@@ -24,26 +26,43 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """Fit a linear probe on the first teacher's stored embeddings: a teacher whose logits are the classes of the manifest."""
-    from vkd import probing
+    from vkd.run import Probe as RunProbe
     from vkd.run import load_one
 
     with cli_parts.screen(as_json, run, overrides) as screen:
         loaded = load_one(run, overrides or [])
-        screen.stage("probe")
-        report = probing.fit(loaded, cli_parts.absolute(out), by, label)
-        screen.close()
-        crossed = "- (give --by)" if report.accuracy is None else f"{report.accuracy:.3f}"
-        rows = [
-            ("clips", str(report.clips)),
-            ("clips, a view each", str(report.rows)),
-            ("classes", str(len(report.classes))),
-            ("groups left out", str(report.groups)),
-            ("out-of-fold accuracy", crossed),
-        ]
-        screen.table(f"probe on the embedding of {report.alias}", ("", label), rows)
-        line = _yaml(loaded, report)
-        screen.line(f"next: in the run file, under recipe\n  {escape(line)}")
-        cli_parts.finish(as_json, vars(report) | {"yaml": line})
+        cli_parts.finish(as_json, fitted(loaded, RunProbe(out=out, by=by, label=label), screen))
+
+
+def label_and_fit(run: Run, asked: RunProbe, screen: Screen) -> dict[str, Any]:
+    """All of a run that fits a probe: its labels, then the fit."""
+    from vkd import pipeline
+
+    labelled = pipeline.label(run, screen)
+    screen.close()
+    screen.labels(labelled, run.store)
+    return {"label": cli_parts.label_json(labelled), "probe": fitted(run, asked, screen)}
+
+
+def fitted(run: Run, asked: RunProbe, screen: Screen) -> dict[str, Any]:
+    """Fit a probe on stored labels and show it; what is told as JSON."""
+    from vkd import probing
+
+    screen.stage("probe")
+    report = probing.fit(run, asked.out, asked.by, asked.label)
+    screen.close()
+    crossed = "- (give --by)" if report.accuracy is None else f"{report.accuracy:.3f}"
+    rows = [
+        ("clips", str(report.clips)),
+        ("clips, a view each", str(report.rows)),
+        ("classes", str(len(report.classes))),
+        ("groups left out", str(report.groups)),
+        ("out-of-fold accuracy", crossed),
+    ]
+    screen.table(f"probe on the embedding of {report.alias}", ("", asked.label), rows)
+    line = _yaml(run, report)
+    screen.line(f"next: in the run file, under recipe\n  {escape(line)}")
+    return vars(report) | {"yaml": line}
 
 
 def _yaml(run: Run, report: ProbeReport) -> str:

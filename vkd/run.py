@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
+from vkd import yaml_file
 from vkd.clips import ClipPlan, SplitPlan, ViewPolicy
 from vkd.compute import Compute, Part
 from vkd.errors import ConfigError, redact
 from vkd.models import ModelSpec, find
 from vkd.recipes import RECIPES
 from vkd.recipes.base import Recipe
+from vkd.schema import LABEL
 from vkd.video.access import MAX_INLINE_BYTES, Access
-
-MAX_VALUES = 100_000  # of a run file whose aliases are written out
 
 
 def absolute(path: str) -> str:
@@ -121,6 +121,14 @@ def _recipe(value: Any) -> Any:
     return kind.model_validate(value)
 
 
+class Probe(Part):
+    """A linear probe on the first teacher's embedding, for the classes of the column `label`; cross-fitted by the column `by`."""
+
+    out: Place
+    by: str | None = None
+    label: str = LABEL
+
+
 class Run(Part):
     """Everything that one run does; the resolved run is saved with its results."""
 
@@ -132,6 +140,7 @@ class Run(Part):
     train: Train = Field(default_factory=Train, validate_default=True)
     checkpoint: Checkpoint = Checkpoint()
     compute: Compute = Compute()
+    probe: Probe | None = None  # what `vkd run` fits once labels are there, in place of a student
 
     @property
     def store(self) -> str:
@@ -183,7 +192,7 @@ class Workflow(Part):
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> list[Run]:
     """The runs of a run file (one) or a workflow file (several), with `key.sub=value` overrides applied to each."""
-    tree = _read_yaml(path)
+    tree = yaml_file.read(path)
     if "runs" not in tree:
         return [parse(tree, overrides, where=str(path))]
     try:
@@ -191,7 +200,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> list[Run]:
     except ValidationError as error:
         raise _explain(error, str(path), Workflow, tree) from error
     folder = Path(path).parent
-    return [parse(_read_yaml(folder / s.run), [*s.set, *overrides], where=str(folder / s.run)) for s in workflow.runs]
+    return [parse(yaml_file.read(folder / s.run), [*s.set, *overrides], where=str(folder / s.run)) for s in workflow.runs]
 
 
 def load_one(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -204,9 +213,9 @@ def load_one(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 def trees(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
     """(file, YAML with overrides applied) for each run of a file that `load` takes: places are as they were written."""
-    written, folder = _read_yaml(path), Path(path).parent
+    written, folder = yaml_file.read(path), Path(path).parent
     steps = Workflow.model_validate(written).runs if "runs" in written else ()
-    found = [(str(folder / step.run), _read_yaml(folder / step.run), step.set) for step in steps] or [(str(path), written, ())]
+    found = [(str(folder / step.run), yaml_file.read(folder / step.run), step.set) for step in steps] or [(str(path), written, ())]
     for _, tree, own in found:
         for override in (*own, *overrides):
             _apply(tree, override)
@@ -236,29 +245,6 @@ def _redacted(tree: Any) -> Any:
     return redact(tree) if isinstance(tree, str) else tree
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read the run file: {error.strerror}", where=str(path), action="check the path") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, text that is not UTF-8
-        raise ConfigError(f"is not YAML: {' '.join(str(error).split())}", where=str(path), action="mend the file") from error
-    _refuse_bomb(tree, str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError("is not a mapping of keys", where=str(path), action="start from jobs/demo.yaml")
-    return tree
-
-
-def _refuse_bomb(tree: Any, where: str) -> None:
-    """Raises ConfigError for a few lines whose aliases stand for millions of values, or for themselves."""
-    todo, num_values = [tree], 0
-    while todo:
-        node, num_values = todo.pop(), num_values + 1
-        todo += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-        if num_values + len(todo) > MAX_VALUES:
-            raise ConfigError(f"stands for more than {MAX_VALUES} values", where=where, action="write it without aliases")
-
-
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -274,7 +260,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node[last] = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{override!r}: the value is not YAML", action="quote it") from error
-    _refuse_bomb(node[last], key)
+    yaml_file.refuse_bomb(node[last], key)
 
 
 def _explain(error: ValidationError, where: str, model: type[BaseModel], tree: Mapping[str, Any]) -> ConfigError:

@@ -91,6 +91,10 @@ class SubstageDistiller(Distiller):
         answer = self._fused(logits) if self.step.joint else logits[self.step.newest]
         return self._response(self.step.newest, answer, batch, None)
 
+    def exit_logits(self, batch: Batch) -> dict[int, Float[Tensor, "b c"]]:
+        """What the exits of the phase answer, by substage; the last is the student's own."""
+        return self._exits(self.student, self.exits, batch)[1]
+
     def metrics(self) -> Mapping[str, float]:
         """Weights of the substages, accuracy of the exits on the labels as they are given, likeness of the stages."""
         noted = {name: values.tolist() for name, values in self._noted.items()}

@@ -1,0 +1,254 @@
+"""Staged distillation on real clips: Weizmann's 10 actions, the people tested never seen, labels 40 % wrong and 20 % missing.
+
+    python bench/substage.py --json                    3 seeds, 3 folds of 3 people; predictions pooled over the 90 clips
+    python bench/substage.py --fractions 1 --json      and, at the first seed, with fewer of the clips labelled
+
+The teacher is a probe on frozen EfficientNet-Lite0, fitted on the same weak labels; it answers each person it learns from without having
+seen that person. jobs/substage_probe.yaml and jobs/substage_student.yaml are run as they are shipped, fold by fold.
+ours          the recipe `substage`, 23 epochs             kd           the teacher's answer and the labels, in the same steps
+no_teacher    the labels alone                             ours_clean   ours with a teacher fitted on clean labels: an upper bound
+Arms of a seed and fold share clips, weak labels, the student's first weights, batches and their order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from measure import arguments, corpus, finish  # isort: skip  # before torch: it says how OpenMP's threads wait
+
+import numpy as np
+import torch
+from substage_arms import Silent, plain
+
+from vkd import checkpoint, cluster, pipeline, planning, probing, schema, training
+from vkd import run as run_files
+from vkd.compute import Compute
+from vkd.console import Screen
+from vkd.feeding import Feeder, open_sets
+from vkd.metrics.calibration import expected_calibration_error
+from vkd.phased import table_of
+from vkd.planning import Plan
+from vkd.recipes.substage.distiller import SubstageDistiller
+from vkd.rounds import Round
+from vkd.run import Run
+from vkd.schema import GAP, TRAIN
+from vkd.store.encodings import decode
+
+JOBS = Path(__file__).resolve().parents[1] / "jobs"
+PEOPLE = ("daria", "denis", "eli", "ido", "ira", "lena", "lyova", "moshe", "shahar")
+FOLDS = tuple(PEOPLE[i::3] for i in range(3))
+WRONG, MISSING, MIN_PEOPLE = 0.4, 0.2, 2  # of a class, whose labels must name it: a cross-fitted probe needs two
+EPOCHS, RHO = 23, 0.9
+RESAMPLES = 10_000
+
+
+class Setting(NamedTuple):
+    """One fold of one seed: the share of its clips that has no label, and whether the teacher sees clean labels."""
+
+    seed: int
+    fold: int
+    missing: float = MISSING
+    clean: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"seed{self.seed}-fold{self.fold}-missing{self.missing:g}" + ("-clean" if self.clean else "")
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", seeds=3, first_seed=0, fractions=0, jobs=2, out="runs/substage")
+    started_s, out = time.monotonic(), Path(os.path.abspath(options.out))
+    write_sources(out / "sources.jsonl", Setting(options.first_seed, 0))  # what `vkd run jobs/substage.yaml` starts from
+    work = planned(options)
+    with cluster.session(Compute()):
+        for setting in dict.fromkeys(setting for setting, _ in work):
+            label(out, setting)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        told = list(pool.map(train, [(out, setting, arm) for setting, arm in work]))
+    found: dict[tuple[str, float], list[Answers]] = {}
+    for (setting, arm), answers in zip(work, told, strict=True):
+        found.setdefault((arm, setting.missing), []).append(answers)
+    finish(summary(found) | {"wall_s": time.monotonic() - started_s}, options.json)
+
+
+def planned(options: argparse.Namespace) -> list[tuple[Setting, str]]:
+    """Every training: its setting and arm."""
+    seeds, folds = range(options.first_seed, options.first_seed + options.seeds), range(len(FOLDS))
+    work = [(Setting(seed, fold), arm) for seed in seeds for fold in folds for arm in ("ours", "kd", "no_teacher")]
+    work += [(Setting(seeds[0], fold, clean=True), "ours_clean") for fold in folds]
+    if options.fractions:
+        missing = (0.0, 0.5)
+        work += [(Setting(seeds[0], fold, share), arm) for share in missing for fold in folds for arm in ("ours", "kd", "no_teacher")]
+    return work
+
+
+def recipe_of(arm: str) -> Mapping[str, Any]:
+    """What an arm changes in the shipped recipe."""
+    changes = {"kd": plain(EPOCHS, RHO), "no_teacher": plain(EPOCHS, 0.0)}
+    return changes.get(arm, {})
+
+
+def label(out: Path, setting: Setting) -> None:
+    """Both labellings of a setting, and the probe between them; what is there already stays."""
+    folder = out / setting.name
+    write_sources(folder / "sources.jsonl", setting)
+    first, second = (_run(out, setting, f"{name}.yaml") for name in ("substage_probe", "substage_student"))
+    pipeline.label(first, Silent())
+    assert first.probe is not None
+    report = probing.fit(first, first.probe.out, first.probe.by, "truth" if setting.clean else first.probe.label)
+    print(f"{setting.name}: the probe is right about {report.accuracy or 0:.3f} of the labels that it was not fitted on", flush=True)
+    pipeline.label(second, Silent())
+
+
+def write_sources(place: Path, setting: Setting) -> None:
+    """The clips as rows of uri, weak label, group, truth and split; people of the fold train nothing."""
+    rows = [line.split("\t") for line in (corpus() / "MANIFEST.tsv").read_text().splitlines()[1:] if line.startswith("weizmann/")]
+    rng, classes = np.random.default_rng([setting.seed, setting.fold]), sorted({row[2] for row in rows})
+    while True:
+        table = [weak(rng, row, classes, setting) for row in rows]
+        heard = {name: {row[schema.GROUP] for row in table if row["label"] == name and row["split"] == TRAIN} for name in classes}
+        if min(map(len, heard.values())) >= MIN_PEOPLE:
+            break
+    place.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in table)
+    if not place.exists() or place.read_text() != text:
+        place.write_text(text)
+
+
+def weak(rng: np.random.Generator, row: Sequence[str], classes: Sequence[str], setting: Setting) -> dict[str, Any]:
+    """One clip: which labels are missing follows one draw, so that fewer labels are some of those there are with more."""
+    (path, _, name, person, *_), (missing, wrong) = row, rng.random(2)
+    other = classes[(classes.index(name) + int(rng.integers(1, len(classes)))) % len(classes)]
+    given = None if missing < setting.missing else other if wrong < WRONG else name
+    split = GAP if person in FOLDS[setting.fold] else TRAIN
+    return {"uri": str(corpus() / path), "label": given, schema.GROUP: person, "truth": name, "split": split}
+
+
+class Answers(NamedTuple):
+    """What one student answers of the people it never saw, and what became of the labels it learned from."""
+
+    people: list[str]
+    truths: np.ndarray  # [n]
+    logits: dict[int, np.ndarray]  # exit -> [n, c]
+    given: np.ndarray  # [m] class that a train label named, -1 for none
+    refined: np.ndarray  # [m]
+    train_truths: np.ndarray  # [m]
+
+
+def train(work: tuple[Path, Setting, str]) -> Answers:
+    """One arm of one setting, trained and asked."""
+    torch.set_num_threads(1)
+    out, setting, arm = work
+    run = _run(out, setting, "substage_student.yaml", arm)
+    pipeline.distill(run, Silent())
+    plan, sets = open_sets(run, Plan.of(run))
+    loop = training.new_loop(run, plan, {alias: label_set.spec for alias, label_set in sets.items()})
+    loop.restore(checkpoint.newest(run.output) or "")
+    assert isinstance(loop.distiller, SubstageDistiller)
+    loop.distiller.eval()
+    rows = [row for chunk in plan.chunks for row in plan.examples(chunk).to_pylist()]
+    classes, feeder = plan.classes(), Feeder(run, plan, sets, GAP)
+    rounds = [Round(0, i, (chunk,)) for i, chunk in enumerate(np.flatnonzero(feeder.sizes).tolist())]
+    parts, numbers = list[dict[int, torch.Tensor]](), list[int]()
+    with torch.inference_mode():
+        for fed in feeder.stream(rounds, 32, seed=0):
+            parts.append(loop.distiller.exit_logits(fed.batch))
+            numbers += fed.batch[schema.EXAMPLE].tolist()
+    held = [rows[number] for number in numbers]
+    logits = {k: torch.cat([part[k] for part in parts]).numpy() for k in parts[0]}
+    table = table_of(run, plan, sets["teacher"])
+    assert table is not None
+    version = table.at(table.prepare(run.train.epochs))
+    refined = np.concatenate([np.asarray(decode(version.read(0, chunk), "q")) for chunk in plan.chunks]).argmax(axis=1)
+    mine = np.array([row["split"] == TRAIN for row in rows])
+    given = np.concatenate([planning.label_numbers(plan.examples(chunk), classes) for chunk in plan.chunks])
+    truths = np.array([classes.index(row["truth"]) for row in rows])
+    right = np.array([classes.index(row["truth"]) for row in held])
+    print(f"{setting.name} {arm:12s} {(logits[max(logits)].argmax(1) == right).mean():.3f}", flush=True)
+    return Answers([row[schema.GROUP] for row in held], right, logits, given[mine], refined[mine], truths[mine])
+
+
+def summary(found: Mapping[tuple[str, float], Sequence[Answers]]) -> dict[str, Any]:
+    """Accuracies with their intervals, the paired test, exits, calibration, and what became of the labels."""
+    result: dict[str, Any] = {"num_people": len(PEOPLE)}
+    by_person = {key: of_people(answers) for key, answers in found.items()}
+    rows = []
+    for (arm, missing), answers in found.items():
+        per_person = np.array(list(by_person[arm, missing].values()))
+        low, high = interval(per_person)
+        n = sum(len(each.truths) for each in answers)
+        rows.append((arm, f"{1 - missing:.0%}", str(n), f"{per_person.mean():.3f}", f"{low:.3f} - {high:.3f}"))
+        result[f"{arm}@{1 - missing:g}"] = {"accuracy": per_person.mean(), "interval": (low, high), "n": n} | details(answers)
+    Screen().table("accuracy on people never seen", ("arm", "labelled", "n", "mean", "95 %, over people"), rows)
+    for other in ("kd", "no_teacher"):
+        ours, theirs = (by_person[arm, MISSING] for arm in ("ours", other))
+        gains = np.array([ours[person] - theirs[person] for person in PEOPLE])
+        result[f"gain_over_{other}"] = {"mean": gains.mean(), "interval": interval(gains), "p": sign_flips(gains)}
+    return result
+
+
+def of_people(answers: Sequence[Answers]) -> dict[str, float]:
+    """Each person's accuracy, mean over seeds."""
+    rights: dict[str, list[float]] = {person: [] for person in PEOPLE}
+    for each in answers:
+        for person, right in zip(each.people, each.logits[max(each.logits)].argmax(axis=1) == each.truths, strict=True):
+            rights[person].append(float(right))
+    return {person: statistics.mean(values) for person, values in rights.items()}
+
+
+def details(answers: Sequence[Answers]) -> dict[str, Any]:
+    """Accuracy of each exit, calibration error, and how given labels, right, wrong or missing, ended."""
+    truths = np.concatenate([each.truths for each in answers])
+    logits = {k + 1: np.concatenate([each.logits[k] for each in answers]) for k in answers[0].logits}
+    given, refined, train = (np.concatenate([getattr(a, name) for a in answers]) for name in ("given", "refined", "train_truths"))
+    kinds = {"right": given == train, "wrong": (given >= 0) & (given != train), "missing": given < 0}
+    return {
+        "exits": {k: float((x.argmax(axis=1) == truths).mean()) for k, x in logits.items()},
+        "calibration_error": expected_calibration_error(torch.softmax(torch.from_numpy(logits[max(logits)]), 1).numpy(), truths),
+        "labels_right_in_the_end": {
+            name: f"{int((refined[rows] == train[rows]).sum())} of {int(rows.sum())}" for name, rows in kinds.items()
+        },
+    }
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % of the means of people drawn with replacement."""
+    means = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def sign_flips(gains: np.ndarray) -> float:
+    """Two-sided p of a mean gain at least as large, when each person's sign is a coin's: all 2^9 of them."""
+    signs = 1 - 2 * ((np.arange(2 ** len(gains))[:, None] >> np.arange(len(gains))) & 1)
+    return float((np.abs(signs @ gains) >= abs(gains.sum()) - 1e-12).mean())
+
+
+def _run(out: Path, setting: Setting, file: str, arm: str = "labels") -> Run:
+    """A shipped run file with its places under the setting's folder, and what an arm changes."""
+    folder = out / setting.name
+    probe = folder / "probe.safetensors"
+    places = {"output": folder / f"{Path(file).stem}-{arm}", "data.source": folder / "sources.jsonl", "data.manifest": folder / "manifest"}
+    places |= {
+        "labels.store": folder / "labels",
+        "probe.out": folder / "probe.safetensors",
+        "recipe.teacher.path": folder / "probe.safetensors",
+    }
+    unused = "recipe.teacher.path" if "probe" in file else "probe.out"
+    overrides = [f"{key}={place}" for key, place in places.items() if key != unused]
+    overrides += [f"recipe.{key}={json.dumps(value)}" for key, value in recipe_of(arm).items()]
+    overrides += [f"data.allow=[{json.dumps(str(corpus()))}]", f"train.seed={setting.seed}", "labels.mode=stored"]
+    return run_files.load_one(JOBS / file, overrides)
+
+
+if __name__ == "__main__":
+    main()
