@@ -4,7 +4,8 @@
     python bench/substage.py --fractions 1 --json      and, at the first seed, with fewer of the clips labelled
 
 The teacher is a probe on frozen EfficientNet-Lite0, fitted on the same weak labels; it answers each person it learns from without having
-seen that person. jobs/substage_probe.yaml and jobs/substage_student.yaml are run as they are shipped, fold by fold.
+seen that person. The network's features are stored once, and each setting's probe is fitted on them; students train by
+jobs/substage_student.yaml.
 ours          the recipe `substage`, 23 epochs             kd           the teacher's answer and the labels, in the same steps
 no_teacher    the labels alone                             ours_clean   ours with a teacher fitted on clean labels: an upper bound
 Arms of a seed and fold share clips, weak labels, the student's first weights, batches and their order.
@@ -29,9 +30,8 @@ import numpy as np
 import torch
 from substage_arms import Silent, plain
 
-from vkd import checkpoint, cluster, pipeline, planning, probing, schema, training
+from vkd import checkpoint, pipeline, planning, probing, schema, training
 from vkd import run as run_files
-from vkd.compute import Compute
 from vkd.console import Screen
 from vkd.feeding import Feeder, open_sets
 from vkd.metrics.calibration import expected_calibration_error
@@ -40,8 +40,9 @@ from vkd.planning import Plan
 from vkd.recipes.substage.distiller import SubstageDistiller
 from vkd.rounds import Round
 from vkd.run import Run
-from vkd.schema import GAP, TRAIN
+from vkd.schema import GAP, TRAIN, Columns
 from vkd.store.encodings import decode
+from vkd.store.labelset import ChunkRows, LabelSet
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 PEOPLE = ("daria", "denis", "eli", "ido", "ira", "lena", "lyova", "moshe", "shahar")
@@ -69,9 +70,9 @@ def main() -> None:
     started_s, out = time.monotonic(), Path(os.path.abspath(options.out))
     write_sources(out / "sources.jsonl", Setting(options.first_seed, 0))  # what `vkd run jobs/substage.yaml` starts from
     work = planned(options)
-    with cluster.session(Compute()):
-        for setting in dict.fromkeys(setting for setting, _ in work):
-            label(out, setting)
+    features = features_of(out)
+    for setting in dict.fromkeys(setting for setting, _ in work):
+        label(out, setting, features)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         told = list(pool.map(train, [(out, setting, arm) for setting, arm in work]))
     found: dict[tuple[str, float], list[Answers]] = {}
@@ -97,31 +98,72 @@ def recipe_of(arm: str) -> Mapping[str, Any]:
     return changes.get(arm, {})
 
 
-def label(out: Path, setting: Setting) -> None:
-    """Both labellings of a setting, and the probe between them; what is there already stays."""
+def features_of(out: Path) -> dict[tuple[str, int], Columns]:
+    """(example, view) -> what the frozen network says of it, and its frames: labelled once, since no setting changes them."""
+    write_sources(out / "all" / "sources.jsonl", None)
+    teacher = {"name": "efficientnet_lite", "variant": 0, "substages": True}
+    run = _run(out, "all", "substage_student.yaml", "labels", f"recipe.teacher={json.dumps(teacher)}", "data.split={by: none}")
+    pipeline.label(run, Screen())
+    plan, sets = open_sets(run, Plan.of(run))
+    found: dict[tuple[str, int], Columns] = {}
+    for view in range(run.data.views.count):
+        for chunk in plan.chunks:
+            tables = [(sets[alias].read(view, chunk), sets[alias].spec.tensors) for alias in sets]
+            columns = {name: np.asarray(decode(table, name)) for table, tensors in tables for name in tensors}
+            for row, example in enumerate(plan.examples(chunk)[schema.EXAMPLE_ID].to_pylist()):
+                found[example, view] = {name: values[row] for name, values in columns.items()}
+    return found
+
+
+def label(out: Path, setting: Setting, features: Mapping[tuple[str, int], Columns]) -> None:
+    """The probe of a setting, and the label sets that both steps of jobs/substage.yaml make of these features."""
     folder = out / setting.name
     write_sources(folder / "sources.jsonl", setting)
-    first, second = (_run(out, setting, f"{name}.yaml") for name in ("substage_probe", "substage_student"))
-    pipeline.label(first, Silent())
-    assert first.probe is not None
-    report = probing.fit(first, first.probe.out, first.probe.by, "truth" if setting.clean else first.probe.label)
-    print(f"{setting.name}: the probe is right about {report.accuracy or 0:.3f} of the labels that it was not fitted on", flush=True)
-    pipeline.label(second, Silent())
+    run = _run(out, setting.name, "substage_student.yaml")
+    pipeline.build_manifest(run, Silent())
+    plan = Plan.of(run)
+    rows = [row for chunk in plan.chunks for row in plan.examples(chunk).to_pylist() if row["split"] == TRAIN]
+    rows = [row for row in rows if row["truth" if setting.clean else "label"] is not None]
+    numbers = [plan.classes().index(row["truth" if setting.clean else "label"]) for row in rows]
+    views = range(run.data.views.count)
+    embedding = np.stack([features[row[schema.EXAMPLE_ID], view]["embedding"] for view in views for row in rows])
+    groups = np.array([row[schema.GROUP] for row in rows] * len(views))
+    probe = probing.cross_fit(probing.Rows(embedding, np.array(numbers * len(views)), groups, len(rows)), plan.classes(), schema.GROUP)
+    (folder / "probe.safetensors").write_bytes(probe.to_bytes())
+    specs = planning.label_specs(run, planning.build_teachers(run.recipe.teachers))
+    for spec in specs.values():
+        label_set = LabelSet.create(run.store, spec, {}, {}, {})
+        for view in views:
+            for chunk in label_set.missing(view, plan.chunks):
+                examples = plan.examples(chunk).to_pylist()
+                mine = [features[example[schema.EXAMPLE_ID], view] for example in examples]
+                columns = {name: np.stack([each[name] for each in mine]) for name in spec.tensors if name != "logits"}
+                if "logits" in spec.tensors:
+                    entries = probe.entries([example[schema.GROUP] for example in examples])
+                    columns["logits"] = probe.logits(columns["embedding"], entries)
+                label_set.write(view, chunk, ChunkRows([example[schema.EXAMPLE_ID] for example in examples], {}, columns))
 
 
-def write_sources(place: Path, setting: Setting) -> None:
-    """The clips as rows of uri, weak label, group, truth and split; people of the fold train nothing."""
+def write_sources(place: Path, setting: Setting | None) -> None:
+    """The clips as rows of uri, weak label, group, truth and split; people of the fold train nothing. Without a setting, the uris."""
     rows = [line.split("\t") for line in (corpus() / "MANIFEST.tsv").read_text().splitlines()[1:] if line.startswith("weizmann/")]
+    table: Sequence[Mapping[str, Any]] = [{"uri": str(corpus() / path)} for path, *_ in rows]
+    if setting is not None:
+        table = settled(rows, setting)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in table)
+    if not place.exists() or place.read_text() != text:
+        place.write_text(text)
+
+
+def settled(rows: Sequence[Sequence[str]], setting: Setting) -> Sequence[Mapping[str, Any]]:
+    """The rows of a setting: drawn again until labels of every class are heard from enough people."""
     rng, classes = np.random.default_rng([setting.seed, setting.fold]), sorted({row[2] for row in rows})
     while True:
         table = [weak(rng, row, classes, setting) for row in rows]
         heard = {name: {row[schema.GROUP] for row in table if row["label"] == name and row["split"] == TRAIN} for name in classes}
         if min(map(len, heard.values())) >= MIN_PEOPLE:
-            break
-    place.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in table)
-    if not place.exists() or place.read_text() != text:
-        place.write_text(text)
+            return table
 
 
 def weak(rng: np.random.Generator, row: Sequence[str], classes: Sequence[str], setting: Setting) -> dict[str, Any]:
@@ -148,7 +190,7 @@ def train(work: tuple[Path, Setting, str]) -> Answers:
     """One arm of one setting, trained and asked."""
     torch.set_num_threads(1)
     out, setting, arm = work
-    run = _run(out, setting, "substage_student.yaml", arm)
+    run = _run(out, setting.name, "substage_student.yaml", arm, f"train.seed={setting.seed}")
     pipeline.distill(run, Silent())
     plan, sets = open_sets(run, Plan.of(run))
     loop = training.new_loop(run, plan, {alias: label_set.spec for alias, label_set in sets.items()})
@@ -233,21 +275,13 @@ def sign_flips(gains: np.ndarray) -> float:
     return float((np.abs(signs @ gains) >= abs(gains.sum()) - 1e-12).mean())
 
 
-def _run(out: Path, setting: Setting, file: str, arm: str = "labels") -> Run:
+def _run(out: Path, name: str, file: str, arm: str = "labels", *changes: str) -> Run:
     """A shipped run file with its places under the setting's folder, and what an arm changes."""
-    folder = out / setting.name
-    probe = folder / "probe.safetensors"
-    places = {"output": folder / f"{Path(file).stem}-{arm}", "data.source": folder / "sources.jsonl", "data.manifest": folder / "manifest"}
-    places |= {
-        "labels.store": folder / "labels",
-        "probe.out": folder / "probe.safetensors",
-        "recipe.teacher.path": folder / "probe.safetensors",
-    }
-    unused = "recipe.teacher.path" if "probe" in file else "probe.out"
-    overrides = [f"{key}={place}" for key, place in places.items() if key != unused]
+    folder = out / name
+    overrides = [f"output={folder}/{arm}", f"data.source={folder}/sources.jsonl", f"data.manifest={folder}/manifest"]
+    overrides += [f"labels.store={folder}/labels", f"recipe.teacher.path={folder}/probe.safetensors", "data.keep_frames=raw"]
     overrides += [f"recipe.{key}={json.dumps(value)}" for key, value in recipe_of(arm).items()]
-    overrides += [f"data.allow=[{json.dumps(str(corpus()))}]", f"train.seed={setting.seed}", "labels.mode=stored"]
-    return run_files.load_one(JOBS / file, overrides)
+    return run_files.load_one(JOBS / file, [*overrides, f"data.allow=[{json.dumps(str(corpus()))}]", "labels.mode=stored", *changes])
 
 
 if __name__ == "__main__":

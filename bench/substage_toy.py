@@ -56,9 +56,9 @@ NUM_CLASSES = len(SHAPES) * len(DIRECTIONS)
 NUM_FRAMES, SIZE_PX = 8, 32
 SPLITS = {TRAIN: 1000, VAL: 200, GAP: 400}  # the gap is used by neither side: it is the test
 WRONG, MISSING = 0.4, 0.2
-TEACHER_CLIPS, TEACHER_EPOCHS, WEAK = 3000, 9, (0.70, 0.80)
+TEACHER_CLIPS, TEACHER_EPOCHS, WEAK = 3000, 8, (0.70, 0.80)
 CASCADE = {"warmup": 2, "per_stage": 4, "joint": 12}
-EPOCHS = 30
+EPOCHS, BATCH_SIZE = 30, 25
 OFF = off(EPOCHS)
 RHOS = (0.5, 0.9, 1.0)
 OURS: dict[str, Any] = {"cascade": CASCADE}
@@ -227,12 +227,12 @@ def render(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray
     clips = np.zeros((count, NUM_FRAMES, SIZE_PX, SIZE_PX), np.float32)
     for clip, number in zip(clips, classes.tolist(), strict=True):
         shape, (dx, dy) = SHAPES[number // len(DIRECTIONS)], DIRECTIONS[number % len(DIRECTIONS)]
-        (x, y), speed, half, light = rng.uniform(0, SIZE_PX, 2), rng.uniform(0.8, 2.5), rng.uniform(4, 7), rng.uniform(35, 90)
+        (x, y), speed, half, light = rng.uniform(0, SIZE_PX, 2), rng.uniform(1.5, 3), rng.uniform(5, 8), rng.uniform(60, 120)
         for frame in clip:
             across, down = (np.minimum((grid - c) % SIZE_PX, (c - grid) % SIZE_PX) for c in (x, y))
             frame += light * mask(shape, down[:, None], across[None], half)
             x, y = x + speed * dx, y + speed * dy
-        clip += rng.normal(rng.uniform(60, 120), 25, clip.shape)
+        clip += rng.normal(rng.uniform(60, 120), 20, clip.shape)
     return np.repeat(clips.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1), classes
 
 
@@ -268,7 +268,7 @@ def _run(folder: Path, seed: int, teacher: str, arm: str, recipe: Mapping[str, A
         "recipe": {"name": "substage", "student": STUDENT, "teacher": {"name": "student", "path": str(folder / teacher), "substages": True}}
         | {"cascade": CASCADE}
         | dict(recipe),
-        "train": {"batch_size": 50, "learning_rate": 0.004, "seed": seed, "check_every_steps": 0},
+        "train": {"batch_size": BATCH_SIZE, "learning_rate": 0.01, "warmup_fraction": 0.1, "seed": seed, "check_every_steps": 0},
         "checkpoint": {"every_examples": 10**6, "keep": 1},
     }
     return run_files.parse(tree)
