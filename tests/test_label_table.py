@@ -318,7 +318,7 @@ def test_a_net_needs_anchors(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, ["label", "split"])
     table = LabelTable(str(tmp_path / "table"), plan, silent(plan, tmp_path), 1, Refinement(form="net"))
     train(table, 0)
-    with pytest.raises(ConfigError, match=r"recipe.labels.form: no example to train on has a verified class"):
+    with pytest.raises(ConfigError, match=r"recipe.refine.form: no example to train on has a verified class"):
         table.prepare(1)
 
 

@@ -168,7 +168,7 @@ class LabelTable:
         features, classes = (np.concatenate(columns) for columns in list(zip(*parts, strict=True))[1:])
         if not len(classes):
             action = f"name the verified class of some videos in the manifest's column {ANCHOR!r}, or choose another form"
-            raise ConfigError("no example to train on has a verified class", where="recipe.labels.form", action=action)
+            raise ConfigError("no example to train on has a verified class", where="recipe.refine.form", action=action)
         return refinement_net.fit(features, classes, self.sets.num_classes)
 
 

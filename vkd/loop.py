@@ -54,6 +54,7 @@ class Loop:
         self.phase_number, _ = phase_of(self.phases, epoch)
         self.phase = self.phases[self.phase_number]
         self.distiller.enter(self.phase_number)
+        self.distiller.zero_grad(set_to_none=True)  # what is frozen now would keep its last one, and count in the norm
         set_trainable(self.distiller, self.phase)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.distiller, self.train.weight_decay, self.phase), lr=self.train.learning_rate
@@ -99,9 +100,8 @@ class Loop:
         if self.between is None:
             yield position.epoch, left
             return
-        for epoch in range(
-            position.epoch, train.epochs
-        ):  # that of the position even when all of it is trained: what follows may not be done
+        # the position's epoch even when all of it is trained: what follows may not be done
+        for epoch in range(position.epoch, train.epochs):
             yield epoch, [round_ for round_ in left if round_.epoch == epoch]
 
     def _begin(self, epoch: int, feeder: Feeder, every_examples: int, position: Position) -> tuple[int, int]:
@@ -120,9 +120,10 @@ class Loop:
         return before, during
 
     def snapshot(self, position: Position, loss: float | None = None) -> dict[str, bytes]:
-        """The files of a checkpoint; `loss` is that of the round that ends there."""
-        best = self.between.best if self.between is not None else None
-        return checkpoint.snapshot(position, self.distiller, self.optimizer, loss, best)
+        """The files of a checkpoint; `loss` is that of the round that ends there, and is not kept where phases have each their own."""
+        if self.between is None:
+            return checkpoint.snapshot(position, self.distiller, self.optimizer, loss)
+        return checkpoint.snapshot(position, self.distiller, self.optimizer, best=self.between.best)
 
     def restore(self, folder: str) -> Position:
         """Be where a finished checkpoint was written."""

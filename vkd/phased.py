@@ -19,6 +19,7 @@ from vkd.run import Run
 from vkd.schema import VAL
 from vkd.store import files
 from vkd.store.labelset import LabelSetSpec
+from vkd.window import Awaited
 
 
 class EpochLabels:
@@ -67,7 +68,10 @@ def equip(loop: Loop, feeder: Feeder) -> Feeder:
     if loop.between is None:
         return feeder
     run, plan, notes, held_out = feeder.run, feeder.plan, None, dict(feeder.sets)
-    table = table_of(run, plan, feeder.sets[next(iter(run.recipe.teachers))])
+    taught = feeder.sets[next(iter(run.recipe.teachers))]
+    if isinstance(taught, Awaited):  # between epochs nobody reads, and the feeder's have been told to stop
+        taught = Awaited(taught.store, taught.spec, taught.link)
+    table = table_of(run, plan, taught)
     if table is not None:
         notes = EpochLabels(table)
         held_out[REFINED] = table.at(0)  # scores of two epochs compare answers, and not labels

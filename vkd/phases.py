@@ -57,11 +57,12 @@ class Between:
 
     def after_epoch(self, phase: int, last: bool, device: str) -> None:
         """Validate; after the `last` epoch of a phase, go back to its best weights."""
-        score = self.score(device)
-        if self.best is None or self.best.phase != phase or score < self.best.score or math.isinf(score):
-            self.best = Best(phase, score, {name: tensor.detach().clone() for name, tensor in self.distiller.state_dict().items()})
+        score, best = self.score(device), self.best
+        # without a score the newest is the best, and any number is better than NaN
+        if best is None or best.phase != phase or score < best.score or math.isnan(best.score) or math.isinf(score):
+            best = self.best = Best(phase, score, {name: tensor.detach().clone() for name, tensor in self.distiller.state_dict().items()})
         if last:
-            self.distiller.load_state_dict(self.best.weights)
+            self.distiller.load_state_dict(best.weights)
 
     @torch.no_grad()
     def score(self, device: str) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vkd import gather
 from vkd.feeding import Fed
+from vkd.label_table import REFINED
 from vkd.loop import Loop
 from vkd.metrics import teacher_use
 from vkd.metrics.teacher_use import Control, Finding, Spans
@@ -29,7 +30,7 @@ LOGITS = "logits"
 ROWS_OF_CHECK, MIN_LOOKS, MAX_LOOKS = 128, 8, 16  # a check looks at as many batches in a row as hold these clips
 ROWS_OF_COLUMNS = 1024  # label columns are read at every step until then
 MIN_STEPS, MIN_SHARE = 100, 0.2  # steps, and share of the schedule, before a student must know something
-HEADS = "heads."
+HEADS, STAGE = "heads.", "stage"
 
 
 @dataclass
@@ -137,7 +138,7 @@ class TeacherUse:
             return False
         kept = fed.batch["weight"] > 0
         for name in _label_columns(fed.batch):
-            if fed.batch[name].is_floating_point():
+            if fed.batch[name].is_floating_point() and not _may_be_constant(name):
                 self.columns.setdefault(name, Spans()).add(fed.batch[name][kept])
         return True
 
@@ -166,15 +167,17 @@ class TeacherUse:
             self.leaks = list(teacher_use.leaking_losses(check.controls()))
 
     def _weigh_gradients(self, losses: Losses, counts: Tensor) -> None:
-        """Norm of each loss's gradient in the student's trunk; the heads are each loss's own."""
+        """Norm of each loss's gradient in the student's trunk, of those that reach it in this phase; the heads are each loss's own."""
         trunk = [p for name, p in self.loop.distiller.student.named_parameters() if p.requires_grad and not name.startswith(HEADS)]
-        names, norms = sorted(losses), []
-        for name, count in zip(names, counts, strict=True):
+        names, norms = list[str](), list[Tensor]()
+        for name, count in zip(sorted(losses), counts, strict=True):
             term = losses[name][0] / count
             reached = torch.autograd.grad(term, trunk, retain_graph=True, allow_unused=True) if trunk and term.requires_grad else ()
             squares = [grad.float().square().sum() for grad in reached if grad is not None]
-            norms.append(torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=count.device))
-        summed = gather.sum_over_ranks(torch.stack(norms)).tolist()
+            if squares:
+                names.append(name)
+                norms.append(torch.stack(squares).sum().sqrt())
+        summed = gather.sum_over_ranks(torch.stack(norms)).tolist() if norms else []
         self.shares = teacher_use.gradient_shares(dict(zip(names, summed, strict=True)))
         for name, share in self.shares.items():
             self.max_shares[name] = max(share, self.max_shares.get(name, 0.0))
@@ -214,6 +217,12 @@ def load(output: str) -> dict[str, Any] | None:
 
 def _label_columns(batch: Batch) -> list[str]:
     return sorted(name for name in batch if "." in name)
+
+
+def _may_be_constant(name: str) -> bool:
+    """Refined labels may all count alike, and descriptors of few channels are padded with zeros."""
+    alias, _, label = name.partition(".")
+    return alias == REFINED or label.startswith(STAGE)
 
 
 def _moved(batch: Batch) -> Tensor:

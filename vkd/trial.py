@@ -16,13 +16,14 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from vkd import autoscaler, cluster, labelling, planning, resources, schema, training
+from vkd import autoscaler, cluster, labelling, phased, planning, resources, schema, training
 from vkd import run as run_files
 from vkd.checkpoint import Position
 from vkd.efficiency import STUDENT
-from vkd.feeding import Feeder
+from vkd.feeding import Feeder, Labels
 from vkd.forecast import StageCost, group_of
 from vkd.label_report import LabelReport
+from vkd.label_table import REFINED
 from vkd.loop import RoundReport
 from vkd.placement import total
 from vkd.planning import FRAMES_ALIAS, Plan
@@ -176,17 +177,25 @@ def _train_elsewhere(tree: Mapping[str, Any], plan: SamplePlan) -> tuple[float, 
 def _train(run: Run, plan: SamplePlan) -> tuple[float, float]:
     """(seconds of the clock, seconds of CPUs) of an example of training, its labels read from the store, after a warm-up."""
     specs = planning.label_specs(run, planning.build_teachers(run.recipe.teachers))
-    feeder = Feeder(run, plan, {alias: LabelSet.open(run.store, spec) for alias, spec in specs.items()}, TRAIN)
+    sets: dict[str, Labels] = {alias: LabelSet.open(run.store, spec) for alias, spec in specs.items()}
+    table = phased.table_of(run, plan, sets[next(iter(run.recipe.teachers))])
+    if table is not None:  # all of its versions cost the same to read
+        sets[REFINED] = table.at(table.prepare(0))
+    feeder = Feeder(run, plan, sets, TRAIN)
     steps_of_epoch = -(-plan.num_examples // run.train.batch_size)
-    epochs = 1 + -(-WARM_UP_STEPS // steps_of_epoch) + -(-STEPS // steps_of_epoch)
+    first = run.recipe.num_epochs or 0  # past all phases is still the last one, in which all of a student learns
+    epochs = first + 1 + -(-WARM_UP_STEPS // steps_of_epoch) + -(-STEPS // steps_of_epoch)
     small = run.model_copy(update={"train": run.train.model_copy(update={"epochs": epochs, "check_every_steps": 0})})
+    loop, start = training.new_loop(small, plan, specs), Position(first, step=first * steps_of_epoch)
+    loop.between = None  # steps are measured, and not what is done between epochs
+    loop.enter(first)
     seen: list[tuple[float, float, int]] = []  # clock, CPU, examples
 
     def on_round(report: RoundReport, position: Position) -> None:
-        if position.step >= WARM_UP_STEPS:
+        if position.step >= start.step + WARM_UP_STEPS:
             seen.append((time.monotonic(), time.process_time(), position.num_examples))
 
-    training.new_loop(small, plan, specs).fit(feeder, plan.num_examples, Position(), on_round)
+    loop.fit(feeder, plan.num_examples, start, on_round)
     (clock_s, cpu_s, before), (end_s, end_cpu_s, after) = seen[0], seen[-1]
     num_examples = max(1, after - before)
     return (end_s - clock_s) / num_examples, (end_cpu_s - cpu_s) / num_examples

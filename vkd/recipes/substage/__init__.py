@@ -94,6 +94,12 @@ class Harmonise(_Part):
     tau: float = Field(default=1.0, gt=0)
     clip: Ends = (0.25, 2.5)
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not 0 < self.clip[0] <= self.clip[1]:
+            raise ValueError("clip is the lowest and the highest weight, both above 0")
+        return self
+
 
 class Substage(Recipe):
     """The student learns one substage after the other, from labels that are refined meanwhile.
@@ -113,7 +119,11 @@ class Substage(Recipe):
     harmonise: Harmonise = Harmonise()
 
     @model_validator(mode="after")
-    def _some_epochs(self) -> Self:
+    def _phases(self) -> Self:
+        if self.refine.start_epoch:
+            raise ValueError("refine.start_epoch follows from cascade: leave it out")
+        if self.num_substages == 0:
+            raise ValueError("the student names no substages of its own: list the names of its parts in substages")
         if self.num_epochs == 0:
             raise ValueError("cascade has no epoch: set warmup, per_stage or joint above 0")
         return self

@@ -58,7 +58,7 @@ class SubstageDistiller(Distiller):
         if self._assisted(self.step) and self.assistant is not None:
             self.assistant["student"].load_state_dict(self.student.state_dict())
             self.assistant["exits"].load_state_dict(self.exits.state_dict())
-        if self.knowledge is not None and not self.step.warmup and self.knowledge.harmoniser.base.isnan().all():
+        if self.knowledge is not None and not self.step.warmup:
             self.knowledge.harmoniser.start()
 
     def forward(self, batch: Batch) -> Losses:
@@ -74,15 +74,15 @@ class SubstageDistiller(Distiller):
         if self.step.joint and self.recipe.combos.fused and len(logits) > 1:
             losses["resp/fused"] = self._response(len(self.names) - 1, fused, batch, None)
         if self.knowledge is not None:
-            found = self.knowledge(maps, self._taught(batch), batch[WEIGHT], learns=not self.step.warmup)
-            losses |= (
-                {}
-                if self.step.warmup
-                else {name: (weights[k] * total, count) for (name, k), (total, count) in found.items() if k in self.step.exits}
-            )
+            learns = not self.step.warmup
+            found = self.knowledge(maps, self._taught(batch), batch[WEIGHT], learns, follows=self.training)
+            mine = {each: part for each, part in found.items() if learns and each[1] in self.step.exits}
+            losses |= {f"{kind}/{k + 1}": (weights[k] * total, count) for (kind, k), (total, count) in mine.items()}
         if self.uncertainty is not None and self.step.joint:
-            losses["uncertainty"] = (self.uncertainty.sum() * batch[WEIGHT].sum(), batch[WEIGHT].sum())
-        self._note(logits, batch)
+            count = batch[WEIGHT].sum()
+            losses["uncertainty"] = (self.uncertainty[list(self.step.exits)].sum() * count, count)
+        if self.training:  # not when somebody only looks
+            self._note(logits, batch)
         return losses
 
     def score(self, batch: Batch) -> SumAndCount:
@@ -136,11 +136,11 @@ class SubstageDistiller(Distiller):
         """What the student answered at the end of the phase before, all of its exits fused."""
         if not self._assisted(self.step) or self.assistant is None:
             return None
-        reached = self.step.newest
-        maps, _ = self.assistant["student"].stages(batch[FRAMES], self.names, num_stages=reached)  # type: ignore[operator]
+        before = self.steps[self.steps.index(self.step) - 1]
+        maps, _ = self.assistant["student"].stages(batch[FRAMES], self.names, num_stages=before.newest + 1)  # type: ignore[operator]
         exits = self.assistant["exits"]
-        logits = {k: exits[k](maps[k].mean(dim=(2, 3, 4))) for k in range(reached)}  # type: ignore[index]
-        return self._fused(logits) if self.recipe.combos.fused else logits[reached - 1]
+        logits = {k: exits[k](maps[k].mean(dim=(2, 3, 4))) for k in before.exits}  # type: ignore[index]
+        return self._fused(logits) if self.recipe.combos.fused else logits[before.newest]
 
     def _assisted(self, step: Step) -> bool:
         return self.recipe.cascade.assistant_beta > 0 and not step.warmup and not step.joint and step.newest > 0

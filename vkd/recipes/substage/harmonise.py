@@ -11,7 +11,7 @@ MIN_BASE = 1e-6  # a student that is the teacher has no discrepancy to divide by
 
 
 class Harmoniser(nn.Module):
-    """Running feature-distribution losses of N substages against what they were at the end of the warm-up."""
+    """Running feature-distribution losses of N substages against what they were at the end of the first phase that knew them."""
 
     ema: Tensor
     base: Tensor
@@ -30,8 +30,8 @@ class Harmoniser(nn.Module):
 
     @torch.no_grad()
     def start(self) -> None:
-        """From now on losses are compared with what they are now."""
-        self.base.copy_(self.ema)
+        """From now on losses are compared with what they are now; those that are compared already stay so."""
+        self.base.copy_(torch.where(self.base.isnan(), self.ema, self.base))
 
     @torch.no_grad()
     def weights(self) -> Float[Tensor, " n"]:

@@ -51,19 +51,22 @@ class Knowledge(nn.Module):
             self.register_buffer(f"scale{j}", torch.full((features.NUM_STATISTICS, d), torch.nan))
         self.register_buffer("alike", torch.full((len(channels), len(sizes)), torch.nan))
 
-    def forward(self, maps: Sequence[Tensor], taught: Sequence[Tensor], weight: Tensor, learns: bool) -> Found:
-        """The losses of the substages whose maps are given, over the rows of all ranks; without gradient unless it `learns`."""
+    def forward(self, maps: Sequence[Tensor], taught: Sequence[Tensor], weight: Tensor, learns: bool, follows: bool) -> Found:
+        """The losses of the substages whose maps are given, over the rows of all ranks; without gradient unless it `learns`.
+
+        It `follows` batches that are trained on with its running statistics: also while all of its adapters are frozen.
+        """
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()), torch.autocast(maps[0].device.type, enabled=False):
             own = [describe(x) for describe, x in zip(self.describe, maps, strict=False)]
             rows = gathered([*own, *taught], weight, gather.rows_over_ranks)
             students, teachers = rows[: len(own)], [x.detach() for x in rows[len(own) :]]
-            if self.training:
+            if follows:
                 self._watch(students, teachers)
-            found = self._features(students, teachers) if self._adapts else {}
+            found = self._features(students, teachers, follows) if self.fd.on else {}
             return found | (self._relations(students, teachers) if self.rel.on and learns else {})
 
-    def _features(self, students: Sequence[Rows], teachers: Sequence[Rows]) -> Found:
-        """How far each substage's features are from those that it follows; the harmoniser is told."""
+    def _features(self, students: Sequence[Rows], teachers: Sequence[Rows], follows: bool) -> Found:
+        """How far each substage's features are from those that it is to have; the harmoniser is told when it `follows`."""
         found: Found = {}
         every, weights = _ones(students[0]), (self.fd.moments, self.fd.mmd, self.fd.temporal)
         for k, rows in enumerate(students):
@@ -73,10 +76,9 @@ class Knowledge(nn.Module):
             for share, j in zip(shares, targets, strict=True):
                 adapted, scale = self.adapters[f"{k}-{j}"](rows), getattr(self, f"scale{j}").nan_to_num(1.0)
                 total = total + share * features.descriptor_loss(adapted, teachers[j], scale, every, weights=weights)[0]
-            if self.training and len(rows):
+            if follows and len(rows):
                 self.harmoniser.add(k, total / count)
-            if self.fd.on:
-                found["fd", k] = total, count
+            found["fd", k] = total, count
         return found
 
     def _relations(self, students: Sequence[Rows], teachers: Sequence[Rows]) -> Found:
@@ -120,15 +122,11 @@ class Knowledge(nn.Module):
         likeness = [self.alike[k, j].item() for k, j in enumerate(self.partner)]
         return {f"cka/{k + 1}": value for k, value in enumerate(likeness) if value == value}
 
-    @property
-    def _adapts(self) -> bool:
-        return self.fd.on or self.pairs
-
     def _targets(self, k: int, num_teachers: int) -> list[int]:
-        """The teacher's substages that substage k follows."""
-        if not self._adapts:
-            return []
-        return list(range(num_teachers)) if self.rel.correspondence == "soft" else [self.partner[k]]
+        """The teacher's substages to whose channels substage k is adapted."""
+        if self.fd.on and self.rel.correspondence == "soft":
+            return list(range(num_teachers))
+        return [self.partner[k]] if self.fd.on or self.pairs else []
 
     def adapters_of(self, k: int, newest: int) -> list[str]:
         """Parameters that the losses of substage k learn with, in a phase whose newest substage is given."""
