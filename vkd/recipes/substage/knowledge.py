@@ -17,6 +17,7 @@ from vkd.losses.batchwise import gathered
 from vkd.losses.distillation import SumAndCount
 from vkd.recipes.substage.harmonise import Harmoniser
 from vkd.schema import TensorType
+from vkd.stage_maps import partners
 
 if TYPE_CHECKING:
     from vkd.recipes.substage import Substage
@@ -40,7 +41,7 @@ class Knowledge(nn.Module):
         self.fd, self.rel = recipe.fd, recipe.rel
         self.pairs = recipe.combos.pair and self.rel.pair > 0
         sizes = [kind.row_shape[-1] for kind in stages]
-        self.partner = [max(0, round((k + 1) * len(sizes) / len(channels)) - 1) for k in range(len(channels))]
+        self.partner = partners(len(channels), len(sizes))
         self.describe = nn.ModuleList(Descriptor(c, k, "full") for k, c in enumerate(channels))
         self.adapters = nn.ModuleDict()
         for k, c in enumerate(channels):
@@ -51,19 +52,22 @@ class Knowledge(nn.Module):
             self.register_buffer(f"scale{j}", torch.full((features.NUM_STATISTICS, d), torch.nan))
         self.register_buffer("alike", torch.full((len(channels), len(sizes)), torch.nan))
 
-    def forward(self, maps: Sequence[Tensor], taught: Sequence[Tensor], weight: Tensor, learns: bool) -> Found:
-        """The losses of the substages whose maps are given, over the rows of all ranks; without gradient unless it `learns`."""
+    def forward(self, maps: Sequence[Tensor], taught: Sequence[Tensor], weight: Tensor, learns: bool, follows: bool) -> Found:
+        """The losses of the substages whose maps are given, over the rows of all ranks; without gradient unless it `learns`.
+
+        It `follows` batches that are trained on with its running statistics: also while all of its adapters are frozen.
+        """
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()), torch.autocast(maps[0].device.type, enabled=False):
             own = [describe(x) for describe, x in zip(self.describe, maps, strict=False)]
             rows = gathered([*own, *taught], weight, gather.rows_over_ranks)
             students, teachers = rows[: len(own)], [x.detach() for x in rows[len(own) :]]
-            if self.training:
+            if follows:
                 self._watch(students, teachers)
-            found = self._features(students, teachers) if self._adapts else {}
+            found = self._features(students, teachers, follows) if self.fd.on else {}
             return found | (self._relations(students, teachers) if self.rel.on and learns else {})
 
-    def _features(self, students: Sequence[Rows], teachers: Sequence[Rows]) -> Found:
-        """How far each substage's features are from those that it follows; the harmoniser is told."""
+    def _features(self, students: Sequence[Rows], teachers: Sequence[Rows], follows: bool) -> Found:
+        """How far each substage's features are from those that it is to have; the harmoniser is told when it `follows`."""
         found: Found = {}
         every, weights = _ones(students[0]), (self.fd.moments, self.fd.mmd, self.fd.temporal)
         for k, rows in enumerate(students):
@@ -73,10 +77,9 @@ class Knowledge(nn.Module):
             for share, j in zip(shares, targets, strict=True):
                 adapted, scale = self.adapters[f"{k}-{j}"](rows), getattr(self, f"scale{j}").nan_to_num(1.0)
                 total = total + share * features.descriptor_loss(adapted, teachers[j], scale, every, weights=weights)[0]
-            if self.training and len(rows):
+            if follows and len(rows):
                 self.harmoniser.add(k, total / count)
-            if self.fd.on:
-                found["fd", k] = total, count
+            found["fd", k] = total, count
         return found
 
     def _relations(self, students: Sequence[Rows], teachers: Sequence[Rows]) -> Found:
@@ -109,26 +112,22 @@ class Knowledge(nn.Module):
         """Follow the teacher's deviation over clips, and how alike the stages are; the same on every rank."""
         if len(teachers[0]) > 1:
             for j, rows in enumerate(teachers):
-                _follow(getattr(self, f"scale{j}"), rows[:, : features.NUM_STATISTICS].std(dim=0, correction=0))
+                follow(getattr(self, f"scale{j}"), rows[:, : features.NUM_STATISTICS].std(dim=0, correction=0))
         every = _ones(students[0])
         cka = relation.stage_cka([features.statistics(x) for x in students], [features.statistics(x) for x in teachers], every)
         if cka is not None:
-            _follow(self.alike[: len(students)], cka)
+            follow(self.alike[: len(students)], cka)
 
     def metrics(self) -> Mapping[str, float]:
         """How alike the student's substages are to the teacher's that they are compared with (linear CKA)."""
         likeness = [self.alike[k, j].item() for k, j in enumerate(self.partner)]
         return {f"cka/{k + 1}": value for k, value in enumerate(likeness) if value == value}
 
-    @property
-    def _adapts(self) -> bool:
-        return self.fd.on or self.pairs
-
     def _targets(self, k: int, num_teachers: int) -> list[int]:
-        """The teacher's substages that substage k follows."""
-        if not self._adapts:
-            return []
-        return list(range(num_teachers)) if self.rel.correspondence == "soft" else [self.partner[k]]
+        """The teacher's substages to whose channels substage k is adapted."""
+        if self.fd.on and self.rel.correspondence == "soft":
+            return list(range(num_teachers))
+        return [self.partner[k]] if self.fd.on or self.pairs else []
 
     def adapters_of(self, k: int, newest: int) -> list[str]:
         """Parameters that the losses of substage k learn with, in a phase whose newest substage is given."""
@@ -142,5 +141,6 @@ def _ones(rows: Rows) -> Float[Tensor, " n"]:
     return rows.new_ones(len(rows))
 
 
-def _follow(running: Tensor, new: Tensor) -> None:
+def follow(running: Tensor, new: Tensor) -> None:
+    """Move a running mean, NaN before it knows anything, towards what is new."""
     running.copy_(torch.where(running.isnan(), new, MOMENTUM * running + (1 - MOMENTUM) * new))
