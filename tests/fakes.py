@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vkd import models
 from vkd.clips import Sampling
@@ -19,6 +20,7 @@ from vkd.models import ModelSpec
 from vkd.recipes.base import Batch, Distiller, Emits, Losses, Recipe
 from vkd.schema import FRAMES, WEIGHT, Columns, TensorType
 from vkd.schema import digest as digest_of
+from vkd.stage_maps import replaced, stage_maps
 from vkd.students import STUDENTS
 from vkd.students.base import Student
 from vkd.teachers.base import Teacher
@@ -60,6 +62,31 @@ class TinyTeacher(Teacher):
         cells = frames.reshape(num_rows, num_frames, GRID, size_px // GRID, GRID, size_px // GRID, 3).mean(axis=(3, 5))
         answers = (cells.reshape(num_rows, -1).astype(np.float32) / 64 - 2) @ self.matrix
         return {"logits": answers[:, :NUM_CLASSES], "embedding": answers[:, NUM_CLASSES:]}
+
+
+class TinyMaps(TinyTeacher):
+    """Has two random stages too, a chain with logits of its own."""
+
+    stage_names = ("stage1", "stage2")
+
+    def load(self, device: str) -> None:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self.seed)
+            head = nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, NUM_CLASSES))
+            stages = {"stage1": nn.Conv3d(3, 3, 1, (1, 2, 2)), "stage2": nn.Conv3d(3, 4, 3, (1, 2, 2), 1), "head": head}
+        self.network = nn.Sequential(OrderedDict(stages)).to(device)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.network
+
+    def maps(self, frames: Tensor, names: Sequence[str] | None = None) -> list[Tensor]:
+        return stage_maps(self.network, names or self.stage_names, lambda: self.logits_from(frames, {}))[0]
+
+    def logits_from(self, frames: Tensor, outputs: Mapping[str, Tensor]) -> Tensor:
+        with replaced(self.network, outputs):
+            logits: Tensor = self.network(frames.permute(0, 4, 1, 2, 3).float() / 64 - 2)
+        return logits
 
 
 class NotFinite(TinyTeacher):

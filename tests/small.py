@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,22 @@ from typing import Any
 import av
 import numpy as np
 import pyarrow as pa
+import torch
 import yaml
 from torch import nn
 from torch.optim import Optimizer
 
-from vkd import checkpoint, planning, stages, worklist
+from vkd import checkpoint, models, planning, stages, worklist
 from vkd.checkpoint import Position
 from vkd.feeding import Feeder, open_sets
+from vkd.models import ModelSpec
 from vkd.planning import FRAMES_ALIAS, Plan
 from vkd.rounds import Chunk
 from vkd.run import Run, parse
 from vkd.schema import TRAIN, Columns
 from vkd.stages import ITEM, STATS, Job
 from vkd.store.labelset import LabelSet
+from vkd.students import STUDENTS
 from vkd.teaching import Teach
 from vkd.worklist import Retry
 
@@ -119,6 +123,15 @@ def chunk_files(run: Run, alias: str) -> list[Path]:
 def save_checkpoint(attempt: str, position: Position, distiller: nn.Module, optimizer: Optimizer) -> None:
     """What rank 0 saves after a round."""
     checkpoint.save(attempt, position.step, checkpoint.snapshot(position, distiller, optimizer))
+
+
+def exported_student(folder: Path, seed: int = 0, name: str = "shift_cnn", heads: Mapping[str, int] | None = None) -> str:
+    """The folder of a small student with two heads, or others, and random weights."""
+    torch.manual_seed(seed)
+    spec = ModelSpec(name=name, options={"num_frames": 4, "size_px": 32})
+    student = models.build(spec, STUDENTS, "student", heads=heads or {"logits": 10, "embedding": 16})
+    checkpoint.export(student, spec, str(folder), {})
+    return str(folder)
 
 
 def write(tree: Tree, path: Path) -> Path:

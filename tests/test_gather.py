@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vkd import gather
+from vkd.phases import set_trainable
 from vkd.recipes import RECIPES
 from vkd.recipes.base import Batch, Distiller, Emits
 from vkd.recipes.kd import KD, KDWeights
+from vkd.recipes.kd.hints import HINTS
+from vkd.recipes.substage import Substage
 from vkd.schema import TensorType
 
 EMITS: Emits = {"teacher": {"logits": TensorType("float32", (10,)), "embedding": TensorType("float32", (16,))}}
@@ -40,8 +43,9 @@ class Case(NamedTuple):
 def distiller(names: list[str]) -> Distiller:
     torch.manual_seed(0)
     student = {"name": "shift_cnn", "num_frames": 2, "size_px": 16}
-    weights = dict.fromkeys(KDWeights.model_fields, 0.0) | dict.fromkeys(names, 1.5)
-    return KD.model_validate({"name": "kd", "teacher": "t", "student": student, "weights": weights}).distiller(EMITS, 4)
+    weights = dict.fromkeys(KDWeights.model_fields, 0.0) | {"kl": float(set(names) <= set(HINTS))} | dict.fromkeys(names, 1.5)
+    tree = {"name": "kd", "teacher": "fakes:TinyMaps", "student": student, "weights": weights, "live": True}
+    return KD.model_validate(tree).distiller(EMITS, 4)
 
 
 def batch() -> Batch:
@@ -55,7 +59,29 @@ def batch() -> Batch:
     }
 
 
-CASES = {f"kd/{name}": Case(partial(distiller, [name]), batch) for name in LOSSES} | {"kd/all": Case(partial(distiller, LOSSES), batch)}
+def live_substage() -> Distiller:
+    """All substages at once, on full maps of a live teacher and stitched to it: with a BatchNorm."""
+    torch.manual_seed(0)
+    tree = {"name": "substage", "teacher": "fakes:TinyMaps", "live": True, "fd": {"form": "full"}, "combos": {"stitch": True}}
+    student = {"name": "shift_cnn", "num_frames": 2, "size_px": 16}
+    cascade = {"warmup": 0, "per_stage": 0, "joint": 1}
+    emits: Emits = {"teacher": {"logits": TensorType("float32", (5,))} | {f"stage{k}": TensorType("float32", (6, 4)) for k in (1, 2)}}
+    module = Substage.model_validate(tree | {"student": student, "cascade": cascade}).distiller(emits, 5)
+    set_trainable(module, module.phases()[0])
+    module.begin()
+    return module
+
+
+def live_batch() -> Batch:
+    generator = torch.Generator().manual_seed(4)
+    labels = {f"teacher.stage{k}": torch.randn(NUM_ROWS, 6, 4, generator=generator) for k in (1, 2)}
+    labels["teacher.logits"] = 3 * torch.randn(NUM_ROWS, 5, generator=generator)
+    refined = {"refined.q": labels["teacher.logits"].softmax(dim=1), "refined.omega": torch.rand(NUM_ROWS, 1, generator=generator)}
+    return batch() | labels | refined
+
+
+CASES = {f"kd/{name}": Case(partial(distiller, [name]), batch) for name in LOSSES}
+CASES |= {"kd/all": Case(partial(distiller, LOSSES), batch), "substage/live": Case(live_substage, live_batch)}
 NORMALISES_BATCHES: set[str] = set()  # recipes with a BatchNorm, whose answers depend on how rows fall on ranks
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-MODULES = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in sorted((REPOSITORY / "vkd").rglob("*.py"))}
+MODULES = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((REPOSITORY / "vkd").rglob("*.py"))
+}
 PURE = (
     "vkd.losses",
     "vkd.metrics",
@@ -79,12 +82,12 @@ def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
 
 @pytest.mark.parametrize("package", ["vkd.teachers", "vkd.students", "vkd.recipes"])
 def test_siblings_do_not_import_each_other(package: str) -> None:
-    siblings = {module for module in MODULES if module.startswith(f"{package}.")}
-    for module in siblings - {f"{package}.base"}:
-        family = ".".join(module.split(".")[:3])  # a method in several files
-        others = {other for other in siblings if not under(other, family)}
-        assert imports_of(MODULES[module]) & others <= {f"{package}.base"}, module
-    assert imports_of(MODULES[f"{package}.base"]) & siblings == set()
+    """A sibling is a file or a folder; files within one folder may import each other."""
+    of = {module: module.removeprefix(f"{package}.").partition(".")[0] for module in MODULES if module.startswith(f"{package}.")}
+    assert "base" in of.values()
+    for module, sibling in of.items():
+        allowed = {"base", sibling} - ({"base"} if sibling == "base" else set())
+        assert {of[name] for name in imports_of(MODULES[module]) if name in of} <= allowed, module
 
 
 def test_pure_modules_import_nothing_of_vkd_but_each_other() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vkd.errors import ConfigError
-from vkd.stage_maps import frames_as_map, stage_maps
+from vkd.stage_maps import frames_as_map, partners, replaced, stage_maps
 
 
 class Net(nn.Module):
@@ -124,3 +124,32 @@ def test_frames_become_a_map() -> None:
     for wrong in (frames[:5], frames.mean(dim=(2, 3))):
         with pytest.raises(ConfigError, match="is no map over time and space"):
             frames_as_map(wrong, 2, 3)
+
+
+def test_a_replaced_part_does_not_run(network: Net) -> None:
+    x, given = torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)
+    ran: list[Tensor] = []
+    network.layer2[0].register_forward_pre_hook(lambda module, inputs: ran.append(inputs[0]))
+    with replaced(network, {"layer2": given, "layer3": 2 * given}), replaced(network, {"layer3": given}):
+        found = network(x)
+    torch.testing.assert_close(found, network.layer4(given))
+    assert not ran
+    found.sum().backward()
+    assert given.grad is not None
+    torch.testing.assert_close(network(x), network.layer4(network.layer3(network.layer2(network.layer1(x)))))
+    assert all("forward" not in vars(module) for module in network.modules())
+
+
+def test_a_part_is_itself_again_after_an_error(network: Net) -> None:
+    with pytest.raises(ConfigError, match="no part 'layer9'"), replaced(network, {"layer9": torch.zeros(1)}):
+        pass
+    with pytest.raises(RuntimeError), replaced(network, {"layer2": torch.zeros(3, 5)}):
+        network(torch.randn(3, 4))
+    assert network(torch.randn(3, 4)).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "num_others", "expected"), [(4, 4, [0, 1, 2, 3]), (2, 4, [1, 3]), (4, 2, [0, 0, 1, 1]), (3, 4, [0, 2, 3]), (1, 1, [0])]
+)
+def test_partners_lie_as_deep(num_stages: int, num_others: int, expected: list[int]) -> None:
+    assert partners(num_stages, num_others) == expected

@@ -24,7 +24,7 @@ def claim_output(run: Run) -> None:
     """Save the resolved run with its results. Raises ConfigError, naming the key, when the output holds a run that differs."""
     place, resolved = files.join(run.output, "run.yaml"), run_files.dump(run)
     if files.exists(place):
-        before, now = yaml.safe_load(files.read(place)), yaml.safe_load(resolved)
+        before, now = _today(yaml.safe_load(files.read(place))), yaml.safe_load(resolved)
         for section in DECIDES:
             there, here = (_less(tree.get(section), DECIDES_NOT.get(section, set())) for tree in (before, now))
             if difference := _difference(there, here, section):
@@ -32,6 +32,14 @@ def claim_output(run: Run) -> None:
                     f"holds a run with another {difference}", where=run.output, action="name another output, or delete this one"
                 )
     files.put(place, resolved.encode())
+
+
+def _today(tree: Any) -> Any:
+    """The run with the defaults of keys that came after it was written; as it is when it is no run any more."""
+    try:
+        return yaml.safe_load(run_files.dump(run_files.parse(tree)))
+    except ConfigError:
+        return tree
 
 
 def _less(section: Any, keys: Set[str]) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -75,3 +77,64 @@ class EncoderBlock(nn.Module):
         x = x + self.project(attended)
         y: Tensor = x + self.mlp(self.norm2(x))
         return y
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation [b c ...] over the rows of weight > 0 of all ranks, on any backend, in float32.
+
+    What torch's BatchNorm does with the whole batch, running statistics included; a rank may have no row. All ranks must call
+    it, and differentiate what it gives, the same number of times. Of a batch without rows nothing is learned.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(num_channels)), nn.Parameter(torch.zeros(num_channels))
+        self.register_buffer("running_mean", torch.zeros(num_channels))
+        self.register_buffer("running_var", torch.ones(num_channels))
+
+    def forward(self, x: Float[Tensor, "b c *size"], weight: Float[Tensor, " b"]) -> Float[Tensor, "b c *size"]:
+        with torch.autocast(x.device.type, enabled=False):
+            present = (weight > 0).reshape(-1, *[1] * (x.ndim - 1))
+            rows = torch.where(present, x.float(), 0)  # what masked rows hold may be NaN
+            if not self.training:
+                return F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            over, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
+            own = present.sum() * math.prod(x.shape[2:])
+            sums: Tensor = _SumOverRanks.apply(torch.cat([rows.sum(dim=over), own[None]]))  # type: ignore[no-untyped-call]
+            count = sums[-1].detach().clamp_min(1)
+            mean = sums[:-1] / count
+            centred = torch.where(present, rows - mean.reshape(shape), 0)
+            # a second sum: the mean of squares less the squared mean would lose digits
+            variance: Tensor = _SumOverRanks.apply(centred.square().sum(dim=over)) / count  # type: ignore[no-untyped-call]
+            self._follow(mean.detach(), variance.detach(), count, sums[-1].detach() > 0)
+            scale = (variance + self.eps).rsqrt() * self.weight
+            return centred * scale.reshape(shape) + self.bias.reshape(shape)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor, count: Tensor, known: Tensor) -> None:
+        unbiased = variance * count / (count - 1).clamp_min(1)
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.lerp_(torch.where(known, new, running), self.momentum)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Each rank's loss depends on the sum, so the gradient is the sum of what all of them say."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return _all_reduced(x)
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: Tensor) -> Tensor:
+        return _all_reduced(gradients[0])
+
+
+def _all_reduced(x: Tensor) -> Tensor:
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total

@@ -1,9 +1,11 @@
-"""The outputs of named parts of a network, taken while it runs."""
+"""The outputs of named parts of a network, taken while it runs, or given in their place."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar, overload
 
 from jaxtyping import Float
@@ -58,6 +60,23 @@ def stage_maps(
     return [_tensor(taken.get(name), name) for name in wanted], final
 
 
+@contextmanager
+def replaced(network: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the submodules that `outputs` names (dotted) give these instead of running. Raises ConfigError for an unknown name."""
+    parts = _parts(network, [*outputs])
+    with ExitStack() as undo:
+        for name, part in parts.items():
+            before = vars(part).get("forward")  # of this object alone, as wrappers set it
+            undo.callback(partial(setattr, part, "forward", before) if before is not None else partial(delattr, part, "forward"))
+            object.__setattr__(part, "forward", partial(_given, outputs[name]))
+        yield
+
+
+def partners(num_stages: int, num_others: int) -> list[int]:
+    """For each stage of a network the one of another network that lies as deep."""
+    return [max(0, round((k + 1) * num_others / num_stages) - 1) for k in range(num_stages)]
+
+
 def frames_as_map(output: Tensor, num_clips: int, num_frames: int) -> Float[Tensor, "b c t h w"]:
     """The map of clips whose frames a 2D part saw one by one: (clip, frame) is the first axis. Raises ConfigError for another shape."""
     if output.ndim != 4 or len(output) != num_clips * num_frames:
@@ -78,6 +97,10 @@ def _parts(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
             close = difflib.get_close_matches(name, known, n=3) or [child for child, _ in network.named_children()]
             raise ConfigError(f"{type(network).__name__} has no part {name!r}", where=KEY, action=f"did you mean {', '.join(close)}?")
     return {name: known[name] for name in names}
+
+
+def _given(output: Tensor, *_inputs: Any, **_options: Any) -> Tensor:
+    return output
 
 
 def _tensor(output: Any, name: str) -> Tensor:

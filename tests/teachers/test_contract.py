@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small import exported_student
 
-from vkd import checkpoint, models
+from vkd import models
 from vkd.errors import ConfigError, TeacherError
 from vkd.models import ModelSpec
 from vkd.schema import FRAMES, Columns
-from vkd.students import STUDENTS
 from vkd.teachers import TEACHERS
 from vkd.teachers.base import Teacher
 from vkd.teachers.probe import Probe
 
 Options = dict[str, Any]
-
-
-def exported_student(folder: Path, seed: int = 0, name: str = "shift_cnn", heads: Mapping[str, int] | None = None) -> str:
-    """The folder of a small student with two heads, or others, and random weights."""
-    torch.manual_seed(seed)
-    spec = ModelSpec(name=name, options={"num_frames": 4, "size_px": 32})
-    student = models.build(spec, STUDENTS, "student", heads=heads or {"logits": 10, "embedding": 16})
-    checkpoint.export(student, spec, str(folder), {})
-    return str(folder)
 
 
 def fitted_probe(path: Path, seed: int = 0) -> str:

@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from test_contract import a_probe, exported_student, fitted_probe
+from small import exported_student
+from test_contract import a_probe, fitted_probe
 
 from vkd.errors import ConfigError, TeacherError
 from vkd.models import ModelSpec, build

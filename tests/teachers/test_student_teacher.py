@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_contract import exported_student
+from small import exported_student
 
 from vkd.checkpoint import load_student
 from vkd.descriptors import VERSION, Descriptor, Form

@@ -63,6 +63,13 @@ class Student(nn.Module, ABC):
         outputs, answers = stage_maps(self, names, lambda: self(frames), num_stages)
         return [self.as_map(output, len(frames)) for output in outputs], answers
 
+    @torch.no_grad()
+    def stage_channels(self, names: Sequence[str] | None = None) -> list[int]:
+        """Channels of the maps that `stages` gives."""
+        side_px = self.sampling.size_px
+        frames = torch.zeros((1, self.sampling.num_frames, side_px, side_px, 3), dtype=torch.uint8)
+        return [x.shape[1] for x in self.stages(frames, names)[0]]
+
     def as_map(self, output: Tensor, num_clips: int) -> Float[Tensor, "b c t h w"]:
         """The output of a part in one layout. Raises ConfigError when it is no map."""
         if output.ndim != 5:

@@ -56,14 +56,27 @@ class Teacher(ABC):
     def __call__(self, batch: Columns) -> Columns:
         """The batch with labels (float32, one row per clip) added, of a batch with `frames` uint8 [B, T, S, S, 3]. Only after `load`."""
 
+    @property
+    def stage_names(self) -> Sequence[str]:
+        """The parts of the network whose maps `maps` gives when none are named; empty when it gives none. Only after `load`."""
+        return ()
+
     def maps(self, frames: UInt8[Tensor, "b t s s 3"], names: Sequence[str] | None = None) -> list[Float[Tensor, "b _ _ _ _"]]:
         """Maps of the parts `names` of the network, without a gradient, for a teacher that is asked while a student learns.
 
-        None means those of its option `substages`, or else its own. Frames are on its device. Only after `load`. Raises
+        None means `stage_names`: those of its option `substages`, or else its own. Frames are on its device. Only after `load`. Raises
         ConfigError when it gives none.
         """
         action = "train on stored descriptors, or choose a teacher that gives maps"
         raise ConfigError(f"{type(self).__name__} gives no maps of its stages", where=KEY, action=action)
+
+    def logits_from(self, frames: UInt8[Tensor, "b t s s 3"], outputs: Mapping[str, Tensor]) -> Float[Tensor, "b c"]:
+        """Its logits when these parts of the network give `outputs` instead of running, with a gradient. Only after `load`.
+
+        Frames are on its device, outputs in the network's own layout. Raises ConfigError when it cannot.
+        """
+        action = "set recipe.combos.stitch: false, or choose a teacher that can"
+        raise ConfigError(f"{type(self).__name__} cannot go on from the map of a student", where="recipe.teacher", action=action)
 
     def probe_batch(self) -> Columns:
         """The built-in synthetic clip: one row of drifting colour waves, the same bytes on every machine; other columns are empty text."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -21,7 +21,7 @@ from vkd.descriptors import Form, StageLabels, Substages, check_options, chosen
 from vkd.efficientnet import NUM_CLASSES, NUM_FEATURES, VARIANTS, EfficientNetLite, fold_batch_norms, preprocess
 from vkd.errors import TeacherError
 from vkd.schema import FRAMES, Columns, TensorType
-from vkd.stage_maps import frames_as_map, stage_maps
+from vkd.stage_maps import frames_as_map, replaced, stage_maps
 from vkd.teachers.base import PRECISIONS, HalvingBatches, Teacher
 
 # what torch.load raises on truncated files and flipped bytes, tried with 600 of them
@@ -47,6 +47,7 @@ class EfficientNetLiteTeacher(Teacher):
 
     `pool` is `mean` or `max` over frames, of logits and of features alike; `weights` names a state dict to use instead of the
     installed package's; `batch_size` counts clips of one pass on a GPU and halves by itself when its memory is short.
+    `resize` is of the frames that it looks at: beside a student that learns from its maps, the student's, bilinear.
     Precision has no `auto`: labels must name theirs before any device is known. `substages` adds descriptors of the maps of
     these blocks (true: of four at the ends of resolutions), over all frames of the clip.
     """
@@ -58,6 +59,7 @@ class EfficientNetLiteTeacher(Teacher):
     batch_size: int = 8
     precision: str = "fp32"
     pool: str = "mean"
+    resize: Literal["bilinear", "bicubic"] = "bicubic"
     weights: str | None = None
     substages: Substages = False
     descriptors: Form = "proj128"
@@ -72,7 +74,7 @@ class EfficientNetLiteTeacher(Teacher):
                 raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(str, known))}")
         check_options(self.substages, self.descriptors)
         # bicubic because TensorFlow's bilinear, which they were trained with, does not antialias: timm found it the closer match
-        self.sampling = Sampling(num_frames=self.num_frames, size_px=VARIANTS[self.variant].size_px, resize="bicubic")
+        self.sampling = Sampling(num_frames=self.num_frames, size_px=VARIANTS[self.variant].size_px, resize=self.resize)
         self._batches = HalvingBatches(self.batch_size)
         self._network: EfficientNetLite | None = None
 
@@ -115,19 +117,32 @@ class EfficientNetLiteTeacher(Teacher):
     def _labels(self, clips: UInt8[Tensor, "b t s s 3"]) -> dict[str, Float[Tensor, "b ..."]]:
         network, images = self.module, preprocess(clips.flatten(0, 1))
         maps, outputs = stage_maps(network, self._stages.names, lambda: network(images))
-        per_frame = (output.float().unflatten(0, clips.shape[:2]) for output in outputs)
-        pooled = (x.mean(dim=1) if self.pool == "mean" else x.amax(dim=1) for x in per_frame)
+        pooled = (self._pooled(output, clips) for output in outputs)
         described: dict[str, Tensor] = self._stages([frames_as_map(x, *clips.shape[:2]) for x in maps])
         return dict(zip(("logits", "embedding"), pooled, strict=True)) | described
+
+    def _pooled(self, output: Float[Tensor, "bt d"], clips: UInt8[Tensor, "b t s s 3"]) -> Float[Tensor, "b d"]:
+        per_frame = output.float().reshape(*clips.shape[:2], output.shape[1])
+        return per_frame.mean(dim=1) if self.pool == "mean" else per_frame.amax(dim=1)
+
+    @property
+    def stage_names(self) -> Sequence[str]:
+        return self._stages.names or self.module.substages
 
     @torch.no_grad()
     def maps(self, frames: UInt8[Tensor, "b t s s 3"], names: Sequence[str] | None = None) -> list[Float[Tensor, "b _ t _ _"]]:
         network, images = self.module, preprocess(frames.flatten(0, 1))
-        names = self._stages.names or network.substages if names is None else names
+        names = self.stage_names if names is None else names
         with self._batches.autocast:
             # '' is the network itself: it would end last, so it stops where the maps are there
             maps, _ = stage_maps(network, [*names, ""], lambda: network(images), len(names))
         return [frames_as_map(x, *frames.shape[:2]) for x in maps]
+
+    def logits_from(self, frames: UInt8[Tensor, "b t s s 3"], outputs: Mapping[str, Tensor]) -> Float[Tensor, "b c"]:
+        network, images = self.module, preprocess(frames.flatten(0, 1))
+        with self._batches.autocast, replaced(network, outputs):
+            logits, _ = network(images)
+        return self._pooled(logits, frames)
 
     @cached_property
     def _stages(self) -> StageLabels:

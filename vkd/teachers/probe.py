@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from vkd import models
 from vkd.errors import TeacherError
@@ -123,6 +123,13 @@ class ProbeTeacher(Teacher):
     def module(self) -> nn.Module:
         """The network of the wrapped teacher: beside it the probe is nothing."""
         return self.inner.module
+
+    @property
+    def stage_names(self) -> Sequence[str]:
+        return self.inner.stage_names
+
+    def maps(self, frames: UInt8[Tensor, "b t s s 3"], names: Sequence[str] | None = None) -> list[Float[Tensor, "b _ _ _ _"]]:
+        return self.inner.maps(frames, names)
 
     def __call__(self, batch: Columns) -> Columns:
         answered = self.inner(batch)

@@ -18,11 +18,13 @@ from vkd.clips import Sampling
 from vkd.descriptors import Form, StageLabels, Substages, check_options, chosen
 from vkd.errors import ConfigError, TeacherError
 from vkd.schema import FRAMES, Columns, TensorType
+from vkd.stage_maps import replaced
 from vkd.store import files
 from vkd.students.base import FEATURES, Student
 from vkd.teachers.base import HalvingBatches, Teacher
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+LOGITS = "logits"
 _UNREADABLE = (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError, ConfigError)
 
 
@@ -77,13 +79,26 @@ class StudentTeacher(Teacher):
         described: dict[str, Tensor] = self._stages(maps)
         return {name: output.float() for name, output in outputs.items()} | described
 
+    @property
+    def stage_names(self) -> Sequence[str]:
+        return self._stages.names or self._ready().substages
+
     @torch.no_grad()
     def maps(self, frames: UInt8[Tensor, "b t s s 3"], names: Sequence[str] | None = None) -> list[Float[Tensor, "b _ _ _ _"]]:
         student = self._ready()
-        names = self._stages.names or student.substages if names is None else names
+        names = self.stage_names if names is None else names
         with self._batches.autocast:
             # '' is the student itself: it would end last, so it stops where the maps are there
             return student.stages(frames, [*names, ""], num_stages=len(names))[0]
+
+    def logits_from(self, frames: UInt8[Tensor, "b t s s 3"], outputs: Mapping[str, Tensor]) -> Float[Tensor, "b c"]:
+        student = self._ready()
+        if LOGITS not in student.heads:
+            action = "name a student that was taught logits"
+            raise ConfigError(f"the student answers no {LOGITS!r}", where=self.path, action=action)
+        with self._batches.autocast, replaced(student, outputs):
+            answers: dict[str, Tensor] = student(frames)
+        return answers[LOGITS].float()
 
     def _ready(self) -> Student:
         if not self._loaded:

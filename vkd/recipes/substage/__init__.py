@@ -12,9 +12,11 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vkd.errors import ConfigError
+from vkd.live_teacher import refuse_offline
 from vkd.models import ModelSpec, build
 from vkd.recipes.base import Emits, Recipe
 from vkd.recipes.substage.distiller import LOGITS, TEACHER, SubstageDistiller
+from vkd.recipes.substage.live import LiveSubstageDistiller
 from vkd.refinement import Refinement
 from vkd.schema import LABEL, TensorType
 from vkd.students import STUDENTS
@@ -28,11 +30,15 @@ class _Part(BaseModel):
 
 
 class Combos(_Part):
-    """Which combinations of substages are supervised: exits after each (`prefix`), neighbours (`pair`), all exits at once (`fused`)."""
+    """Which combinations of substages are supervised: exits after each (`prefix`), neighbours (`pair`), all exits at once (`fused`).
+
+    `stitch`: the student's first substages with the teacher's later ones, which must be live.
+    """
 
     prefix: bool = True
     pair: bool = True
     fused: bool = True
+    stitch: bool = False
 
 
 class Response(_Part):
@@ -49,15 +55,24 @@ class Response(_Part):
 
 
 class FeatureDistribution(_Part):
-    """Weights of the feature-distribution losses: moments, maximum mean discrepancy, temporal profile; all 0: off."""
+    """Weights of the feature-distribution losses: moments, maximum mean discrepancy, temporal profile; all 0: off.
 
+    `full`: of the maps of a live teacher instead of descriptors, all positions for the profile, and `channel`: where each lies.
+    """
+
+    form: Literal["descriptor", "full"] = "descriptor"
     moments: float = Field(default=1.0, ge=0)
     mmd: float = Field(default=0.5, ge=0)
     temporal: float = Field(default=0.5, ge=0)
+    channel: float = Field(default=0.5, ge=0)
 
     @property
     def on(self) -> bool:
-        return max(self.moments, self.mmd, self.temporal) > 0
+        return max(self.moments, self.mmd, self.temporal, self.channel if self.full else 0) > 0
+
+    @property
+    def full(self) -> bool:
+        return self.form == "full"
 
 
 class Relation(_Part):
@@ -105,11 +120,13 @@ class Substage(Recipe):
     """The student learns one substage after the other, from labels that are refined meanwhile.
 
     `substages`: names of submodules, one a substage; None: the student's own. The teacher must answer the classes of the labels.
+    `live`: it is also asked while the student learns, for what is in no label.
     """
 
     name: Literal["substage"]
     teacher: ModelSpec
     substages: tuple[str, ...] | None = Field(default=None, min_length=1)
+    live: bool = False
     combos: Combos = Combos()
     resp: Response = Response()
     fd: FeatureDistribution = FeatureDistribution()
@@ -147,6 +164,15 @@ class Substage(Recipe):
         return self.fd.on or self.rel.on
 
     @property
+    def asks_live(self) -> bool:
+        """Whether something learns from what is in no label. Raises ConfigError when the teacher is not live."""
+        full = self.fd.full and self.fd.on
+        for key, asks in (("fd.form", full), ("combos.stitch", self.combos.stitch)):
+            if asks:
+                refuse_offline(key, self.live)
+        return full or self.combos.stitch
+
+    @property
     def refinement(self) -> Refinement:
         """How labels are refined: from the end of the first substage's phase on."""
         first = self.cascade.warmup + max(self.cascade.per_stage, 1) - 1
@@ -162,7 +188,7 @@ class Substage(Recipe):
         self._check(types, num_classes)
         stages = stage_types(types) if self.uses_features else []
         student: Student = build(self.student, STUDENTS, "student", heads={LOGITS: num_classes})
-        return SubstageDistiller(student, self, stages)
+        return LiveSubstageDistiller(student, self, stages) if self.asks_live else SubstageDistiller(student, self, stages)
 
     def _check(self, types: Mapping[str, TensorType], num_classes: int) -> None:
         if num_classes < 2:

@@ -33,7 +33,7 @@ class SubstageDistiller(Distiller):
         super().__init__()
         self.student, self.recipe = student, recipe
         self.names = recipe.substages or student.substages
-        channels, last = _channels(student, self.names), len(self.names) - 1
+        channels, last = student.stage_channels(self.names), len(self.names) - 1
         num_classes = cast(nn.Linear, student.heads[LOGITS]).out_features
         self.exits = nn.ModuleList(nn.Linear(channels[k], num_classes) for k in range(last))  # that of the last substage is the student's
         self.fusion = nn.Parameter(torch.zeros(len(self.names)))
@@ -81,9 +81,14 @@ class SubstageDistiller(Distiller):
         if self.uncertainty is not None and self.step.joint:
             count = batch[WEIGHT].sum()
             losses["uncertainty"] = (self.uncertainty[list(self.step.exits)].sum() * count, count)
+        losses |= self._more(maps, weights, batch)
         if self.training:  # not when somebody only looks
             self._note(logits, batch)
         return losses
+
+    def _more(self, maps: Sequence[Tensor], weights: Float[Tensor, " n"], batch: Batch) -> Losses:
+        """Losses that need more than labels: none here."""
+        return {}
 
     def score(self, batch: Batch) -> SumAndCount:
         """The response loss of the phase's newest exit, or of all exits fused."""
@@ -192,12 +197,3 @@ class SubstageDistiller(Distiller):
             right = ((answer.argmax(dim=1) == batch[LABEL]) * counted).sum()
             now = torch.stack([right, counted.sum()]).float()
             self._noted[f"accuracy/{k + 1}"] = self._noted.get(f"accuracy/{k + 1}", torch.zeros_like(now)) + now
-
-
-def _channels(student: Student, names: Sequence[str]) -> list[int]:
-    """Channels of the maps of a student's substages."""
-    sampling = student.sampling
-    frames = torch.zeros((1, sampling.num_frames, sampling.size_px, sampling.size_px, 3), dtype=torch.uint8)
-    with torch.no_grad():
-        maps, _ = student.stages(frames, names)
-    return [x.shape[1] for x in maps]

@@ -17,6 +17,7 @@ from vkd.losses.batchwise import gathered
 from vkd.losses.distillation import SumAndCount
 from vkd.recipes.substage.harmonise import Harmoniser
 from vkd.schema import TensorType
+from vkd.stage_maps import partners
 
 if TYPE_CHECKING:
     from vkd.recipes.substage import Substage
@@ -40,7 +41,7 @@ class Knowledge(nn.Module):
         self.fd, self.rel = recipe.fd, recipe.rel
         self.pairs = recipe.combos.pair and self.rel.pair > 0
         sizes = [kind.row_shape[-1] for kind in stages]
-        self.partner = [max(0, round((k + 1) * len(sizes) / len(channels)) - 1) for k in range(len(channels))]
+        self.partner = partners(len(channels), len(sizes))
         self.describe = nn.ModuleList(Descriptor(c, k, "full") for k, c in enumerate(channels))
         self.adapters = nn.ModuleDict()
         for k, c in enumerate(channels):
@@ -111,11 +112,11 @@ class Knowledge(nn.Module):
         """Follow the teacher's deviation over clips, and how alike the stages are; the same on every rank."""
         if len(teachers[0]) > 1:
             for j, rows in enumerate(teachers):
-                _follow(getattr(self, f"scale{j}"), rows[:, : features.NUM_STATISTICS].std(dim=0, correction=0))
+                follow(getattr(self, f"scale{j}"), rows[:, : features.NUM_STATISTICS].std(dim=0, correction=0))
         every = _ones(students[0])
         cka = relation.stage_cka([features.statistics(x) for x in students], [features.statistics(x) for x in teachers], every)
         if cka is not None:
-            _follow(self.alike[: len(students)], cka)
+            follow(self.alike[: len(students)], cka)
 
     def metrics(self) -> Mapping[str, float]:
         """How alike the student's substages are to the teacher's that they are compared with (linear CKA)."""
@@ -140,5 +141,6 @@ def _ones(rows: Rows) -> Float[Tensor, " n"]:
     return rows.new_ones(len(rows))
 
 
-def _follow(running: Tensor, new: Tensor) -> None:
+def follow(running: Tensor, new: Tensor) -> None:
+    """Move a running mean, NaN before it knows anything, towards what is new."""
     running.copy_(torch.where(running.isnan(), new, MOMENTUM * running + (1 - MOMENTUM) * new))

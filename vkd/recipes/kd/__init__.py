@@ -6,26 +6,27 @@ from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import nn
 
-from vkd import gather
+from vkd.descriptors import chosen
 from vkd.errors import ConfigError
-from vkd.losses import distillation
-from vkd.losses.distillation import SumAndCount
+from vkd.live_teacher import LiveTeacher, refuse_offline
 from vkd.models import ModelSpec, build
-from vkd.recipes.base import Batch, Distiller, Emits, Losses, Recipe
-from vkd.schema import LABEL, WEIGHT, TensorType
+from vkd.recipes.base import Emits, Recipe
+from vkd.recipes.kd.distiller import LEARNS_FROM, TEACHER, KDDistiller
+from vkd.recipes.kd.hints import HINTS
+from vkd.schema import LABEL, TensorType
 from vkd.students import STUDENTS
-from vkd.students.base import FEATURES, Student
+from vkd.students.base import Student
 
-TEACHER = "teacher"
-LOGITS, EMBEDDING = "logits", "embedding"
-CROSS_ENTROPY = "cross_entropy"
-LEARNS_FROM = {"kl": LOGITS, "cosine": EMBEDDING, "mse": EMBEDDING, "similarity": EMBEDDING}  # loss -> the teacher's label
+__all__ = ["KD", "KDDistiller", "KDWeights"]
 
 
 class KDWeights(BaseModel):
-    """What each loss counts; one of weight 0 is not computed."""
+    """What each loss counts; one of weight 0 is not computed.
+
+    On embeddings: `similarity` (Tung & Mori 2019), `cc` (Peng et al. 2019), `pkt` (Passalis & Tefas 2018), and `rkd`, distances
+    plus twice angles (Park et al. 2019, whose weight is 25). On maps of the stages, with a live teacher only: see `hints`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     kl: float = Field(default=1.0, ge=0)
@@ -33,6 +34,15 @@ class KDWeights(BaseModel):
     mse: float = Field(default=0.0, ge=0)
     similarity: float = Field(default=0.0, ge=0)
     cross_entropy: float = Field(default=0.0, ge=0)
+    cc: float = Field(default=0.0, ge=0)
+    rkd: float = Field(default=0.0, ge=0)
+    pkt: float = Field(default=0.0, ge=0)
+    fitnet: float = Field(default=0.0, ge=0)
+    at: float = Field(default=0.0, ge=0)
+    nst: float = Field(default=0.0, ge=0)
+    vid: float = Field(default=0.0, ge=0)
+    stagewise: float = Field(default=0.0, ge=0)
+    semckd: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _any(self) -> KDWeights:
@@ -46,12 +56,18 @@ class KDWeights(BaseModel):
 
 
 class KD(Recipe):
-    """The student answers what the teacher answers: softened logits (Hinton et al. 2015) and embedding."""
+    """The student answers what the teacher answers: softened logits (Hinton et al. 2015) and embedding.
+
+    `live`: the teacher is also asked while the student learns, for its maps. `substages`: the parts of the student that they
+    are compared with; None: its own.
+    """
 
     name: Literal["kd"]
     teacher: ModelSpec
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     weights: KDWeights = KDWeights()
+    live: bool = False
+    substages: tuple[str, ...] | None = Field(default=None, min_length=1)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -68,9 +84,14 @@ class KD(Recipe):
         types = emits[TEACHER]
         flat = {label: kind.num_values for label, kind in types.items() if len(kind.shape) == 1 and not kind.ragged}
         self._check(types, flat, num_classes)
+        self._check_maps()
         heads = {label: size for label, size in flat.items() if f"{TEACHER}.{label}" in self.needs}
         student: Student = build(self.student, STUDENTS, "student", heads=heads)
-        return KDDistiller(student, self.weights, self.temperature, num_classes)
+        weights = self.weights.positive()
+        if weights.keys().isdisjoint(HINTS):
+            return KDDistiller(student, weights, self.temperature, num_classes)
+        names = chosen(self.substages or True, student.substages)
+        return KDDistiller(student, weights, self.temperature, num_classes, LiveTeacher(self.teacher, student), names)
 
     def _check(self, types: Mapping[str, TensorType], flat: Mapping[str, int], num_classes: int) -> None:
         for name in self.weights.positive():
@@ -88,34 +109,10 @@ class KD(Recipe):
                 action=f"build the manifest from a table that has the column {LABEL!r}, or set weights.cross_entropy to 0",
             )
 
-
-class KDDistiller(Distiller):
-    """The student, and a linear classifier on its features when it also learns from labels."""
-
-    def __init__(self, student: Student, weights: KDWeights, temperature: float, num_classes: int) -> None:
-        super().__init__()
-        self.student, self.temperature = student, temperature
-        self.weights = weights.positive()
-        if CROSS_ENTROPY in self.weights:
-            self.classifier = nn.Linear(student.num_features, num_classes)
-
-    def forward(self, batch: Batch) -> Losses:
-        """The losses of weight > 0, each times its weight."""
-        outputs = self.student(batch["frames"])
-        losses: Losses = {}
-        for name, scale in self.weights.items():
-            total, count = self._loss(name, outputs, batch)
-            losses[name] = (scale * total, count)
-        return losses
-
-    def _loss(self, name: str, outputs: Batch, batch: Batch) -> SumAndCount:
-        weight = batch[WEIGHT]
-        if name == CROSS_ENTROPY:
-            return distillation.cross_entropy(self.classifier(outputs[FEATURES]), batch[LABEL], weight)
-        student, teacher = outputs[LEARNS_FROM[name]], batch[f"{TEACHER}.{LEARNS_FROM[name]}"]
-        if name == "kl":
-            return distillation.kl(student, teacher, self.temperature, weight)
-        if name == "similarity":
-            return distillation.similarity_preserving(student, teacher, weight, gather.rows_over_ranks)
-        loss = {"cosine": distillation.cosine, "mse": distillation.mse}[name]
-        return loss(student, teacher, weight)
+    def _check_maps(self) -> None:
+        wanted = [name for name in self.weights.positive() if name in HINTS]
+        for name in wanted:
+            refuse_offline(f"weights.{name}", self.live)
+        if wanted == [*self.weights.positive()]:  # and what follows the last map would get no gradient, which ranks wait for
+            action = "set kl, cosine or another weight on answers above 0"
+            raise ConfigError("maps alone teach the student no answer", where="recipe.weights", action=action)
