@@ -194,6 +194,8 @@ def _channels(student: Student, names: Sequence[str]) -> list[int]:
     """Channels of the maps of a student's substages."""
     sampling = student.sampling
     frames = torch.zeros((1, sampling.num_frames, sampling.size_px, sampling.size_px, 3), dtype=torch.uint8)
+    student.eval()  # its statistics are not those of no clip
     with torch.no_grad():
         maps, _ = student.stages(frames, names)
+    student.train()
     return [x.shape[1] for x in maps]
