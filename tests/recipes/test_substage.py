@@ -145,15 +145,15 @@ SOFT_PAIRS = {"fd": OFF, "rel": {"correspondence": "soft"}, "combos": {}, "harmo
 ONLY_PAIRS = {"fd": OFF, "rel": {}, "combos": {"prefix": False}, "harmonise": {"form": "uncertainty"}, "cascade": {"freeze": True}}
 
 
-@settings(max_examples=6)
-@given(SWITCHES, st.sampled_from([32, 5, 0]))
-@example(SOFT_PAIRS, 32)
+@settings(max_examples=5)
+@given(SWITCHES, st.sampled_from([9, 5, 0]))
+@example(SOFT_PAIRS, 9)
 @example(SOFT_PAIRS, 5)
 @example(ONLY_PAIRS, 5)
-@example(ONLY_PAIRS, 32)
+@example(ONLY_PAIRS, 9)
 def test_what_learns_gets_a_gradient_and_nothing_else(switches: dict[str, Any], num_rows: int) -> None:
     """In every phase, of few rows too, and of a masked one: DistributedDataParallel waits for all of them."""
-    module, data = distiller(0, **switches), staged.batch(max(num_rows, 1))
+    module, data = distiller(0, **switches), staged.batch(max(num_rows, 1))  # above and below what relations need
     data["weight"] *= num_rows > 0
     for phase in range(len(PHASES)):
         staged.enter(module, phase)
@@ -170,7 +170,7 @@ def test_what_learns_gets_a_gradient_and_nothing_else(switches: dict[str, Any], 
 def test_frozen_substages_stay_as_they_are(freeze: bool) -> None:
     """Parameters, buffers and all, while what is above them learns from real steps."""
     student = {"name": f"{__name__}:Normed"}
-    module, data = distiller(0, student=student, substages=None, cascade={"freeze": freeze}), staged.batch()
+    module, data = distiller(0, student=student, substages=None, cascade={"freeze": freeze}), staged.batch(9)
     low, high = {"first"}, {"second", "heads"}
     learn = [low | high, low, high if freeze else low | high, low | high]
     for phase, expected in enumerate(learn):
@@ -333,8 +333,8 @@ def stored_as(labels: np.ndarray, tensor: TensorType, encoding: str) -> np.ndarr
 
 
 def test_it_learns() -> None:
-    """All phases on 32 clips whose labels are their colours': every exit knows most of them then, and all losses fell."""
-    module, data = distiller(0), staged.batch()
+    """All phases on 12 clips whose labels are their colours': every exit knows most of them then, and all losses fell."""
+    module, data = distiller(0), staged.batch(12)
     right = data["frames"][..., 0].float().mean(dim=(1, 2, 3)).argsort().argsort() * NUM_CLASSES // len(data["label"])
     target = nn.functional.one_hot(right, NUM_CLASSES).float()
     data |= {"label": right, "refined.q": target, "refined.omega": torch.ones(len(right), 1), "teacher.logits": 6 * target}
