@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
@@ -85,6 +86,19 @@ def labelled(unlabelled: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     import small
 
     run = small.changed(unlabelled, f"labels.store={tmp_path_factory.mktemp('labelled')}")
+    small.label(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def staged(unlabelled: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of `substage` on the same clips: 5 epochs of 2 rounds in phases of 1, 1, 1 and 2, with labels and frames. Read only."""
+    import small
+
+    folder = tmp_path_factory.mktemp("staged")
+    changes = {"labels": {"mode": "stored", "store": str(folder)}, "output": f"{folder}/out", "recipe": small.STAGED}
+    changes |= {"train": {"batch_size": 8, "learning_rate": 0.002}}
+    run = small.changed(unlabelled, *(f"{key}={json.dumps(value)}" for key, value in changes.items()))
     small.label(run)
     return run
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vkd import models
 from vkd.clips import Sampling
+from vkd.descriptors import NUM_ROWS, Descriptor
 from vkd.losses import distillation
 from vkd.models import ModelSpec
 from vkd.recipes.base import Batch, Distiller, Emits, Losses, Recipe
@@ -87,6 +88,32 @@ class TinyMaps(TinyTeacher):
         with replaced(self.network, outputs):
             logits: Tensor = self.network(frames.permute(0, 4, 1, 2, 3).float() / 64 - 2)
         return logits
+
+
+class Staged(TinyTeacher):
+    """Knows some classes, and emits descriptors of stages of so many channels: fixed random maps of the clip's coarse colours."""
+
+    def __init__(self, num_classes: int = 2, stages: Sequence[int] = (5, 7)) -> None:
+        super().__init__()
+        self.num_classes, self.stages = num_classes, tuple(stages)
+
+    @property
+    def emits(self) -> Mapping[str, TensorType]:
+        described = {f"stage{k}": TensorType("float32", (NUM_ROWS, d)) for k, d in enumerate(self.stages, 1)}
+        return {"logits": TensorType("float32", (self.num_classes,))} | described
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"num_classes": self.num_classes, "stages": list(self.stages)}
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        num_rows, num_frames, size_px = frames.shape[:3]
+        cells = frames.reshape(num_rows, num_frames, GRID, size_px // GRID, GRID, size_px // GRID, 3).mean(axis=(3, 5))
+        colours = cells.astype(np.float32) / 64 - 2
+        found = {"logits": colours.reshape(num_rows, -1) @ self.matrix[:, : self.num_classes]}
+        for k, d in enumerate(self.stages, 1):
+            mixed = np.maximum(colours @ np.random.default_rng(k).standard_normal((3, d)).astype(np.float32), 0)
+            found[f"stage{k}"] = Descriptor(d)(torch.from_numpy(mixed).permute(0, 4, 1, 2, 3)).numpy()
+        return found
 
 
 class NotFinite(TinyTeacher):

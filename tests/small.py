@@ -32,6 +32,13 @@ from vkd.teaching import Teach
 from vkd.worklist import Retry
 
 Tree = dict[str, Any]
+STAGED: Tree = {
+    "name": "substage",
+    "teacher": {"name": "fakes:Staged"},
+    "student": {"name": "tiny_r3d", "num_frames": 2, "size_px": 32, "widths": [4, 4, 6, 6]},
+    "substages": ["layer2", "layer4"],
+    "cascade": {"warmup": 1, "per_stage": 1, "joint": 2},
+}
 
 
 def with_many_keyframes(source: Path, target: Path, *, backwards: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from vkd import checkpoint, models
-from vkd.checkpoint import CONFIG, DONE, OPTIMIZER, STATE, WEIGHTS, Position, Saver
+from vkd.checkpoint import BEST, CONFIG, DONE, OPTIMIZER, STATE, WEIGHTS, Best, Position, Saver
 from vkd.errors import ConfigError, StorageError
 from vkd.models import ModelSpec
 from vkd.store import files
@@ -146,6 +147,24 @@ def test_the_best_is_kept_too(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "attempts" / "a").iterdir()) == ["step-000000002", "step-000000004"]
     found = checkpoint.best(str(tmp_path))
     assert found is not None and found.endswith("step-000000002")
+
+
+def test_the_best_weights_of_a_phase_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    student, other = student_of(0), student_of(1)
+    for step, best in enumerate([None, Best(2, 0.5, other.state_dict()), Best(3, math.inf, other.state_dict())]):
+        contents = checkpoint.snapshot(Position(step=step), student, optimizer_of(student), best=best)
+        checkpoint.save(str(tmp_path), step, contents)
+        assert list(contents)[-2:] == [STATE, DONE]
+        found = checkpoint.best_of_phase(f"{tmp_path}/step-{step:09d}")
+        if best is None:
+            assert found is None
+            continue
+        assert found is not None and (found.phase, found.score) == (best.phase, best.score)
+        torch.testing.assert_close(dict(found.weights), dict(other.state_dict()), rtol=0, atol=0)
+    folder = f"{tmp_path}/step-000000001"
+    files.put(f"{folder}/{BEST}", b"garbage" * 100)
+    with pytest.raises(StorageError, match=f"{BEST} is damaged"):
+        checkpoint.best_of_phase(folder)
 
 
 def test_saving_beside_training_tells_what_went_wrong(tmp_path: Path) -> None:

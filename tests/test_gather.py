@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import staged
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -82,6 +84,9 @@ def live_batch() -> Batch:
 
 CASES = {f"kd/{name}": Case(partial(distiller, [name]), batch) for name in LOSSES}
 CASES |= {"kd/all": Case(partial(distiller, LOSSES), batch), "substage/live": Case(live_substage, live_batch)}
+CASES |= {f"substage/{name}": Case(partial(staged.distiller, phase), staged.batch) for phase, name in enumerate(staged.PHASES)}
+SOFT_AND_FROZEN: dict[str, Any] = {"rel": {"correspondence": "soft"}, "cascade": {"freeze": True}, "combos": {"prefix": False}}
+CASES["substage/soft"] = Case(partial(staged.distiller, 2, **SOFT_AND_FROZEN), staged.batch)
 NORMALISES_BATCHES: set[str] = set()  # recipes with a BatchNorm, whose answers depend on how rows fall on ranks
 
 
@@ -103,6 +108,7 @@ def learn(module: nn.Module, part: Batch) -> Learned:
 def learn_on_a_rank(rank: int, folder: str) -> None:
     """What each of four processes does; rank 0 saves what it learned."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1x1 kernels of maps that lie channels-last: slower, and right
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
     found = {}
     for split, counts in ROWS_OF_RANKS.items():

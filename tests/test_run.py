@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,42 @@ def test_an_error_names_the_key_and_what_was_expected(tree: small.Tree, override
     assert message in str(raised.value)
     assert raised.value.exit_code == 2
     assert raised.value.action
+
+
+@pytest.fixture
+def phased(tree: small.Tree) -> small.Tree:
+    """A run of a recipe with phases: 5 epochs."""
+    labels = {"mode": "stored", "store": tree["labels"]["store"]}
+    return tree | {"recipe": copy.deepcopy(small.STAGED), "train": {"batch_size": 8}, "labels": labels}
+
+
+def test_phases_say_how_many_epochs_there_are(phased: small.Tree) -> None:
+    run = parse(phased)
+    assert run.train.epochs == 5
+    assert parse(yaml.safe_load(dump(run))) == run
+    assert parse(phased | {"train": {"batch_size": 8, "epochs": 5}}) == run
+    assert parse(phased, ["recipe.cascade.joint=9"]).train.epochs == 12
+    del phased["train"]
+    assert parse(phased).train.epochs == 12
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs=4", "train: the phases of this recipe have 5 epochs: change them there, and leave train.epochs out"),
+        ("labels.mode=live", "recipe: it looks at labels again, and labels.mode live keeps none: set that to tee"),
+        ("recipe.cascade={warmup: 0, per_stage: 0, joint: 0}", "recipe: cascade has no epoch: set warmup, per_stage or joint above 0"),
+        ("recipe.cascade.joint=-1", "recipe.cascade.joint: Input should be greater than or equal to 0"),
+        ("recipe.refine.start_epoch=3", "recipe: refine.start_epoch follows from cascade: leave it out"),
+        ("recipe.harmonise.clip=[2, 1]", "recipe.harmonise: clip is the lowest and the highest weight"),
+        ("recipe.fd.mdd=1", "unknown key 'recipe.fd.mdd' -> did you mean 'mmd'?"),
+    ],
+)
+def test_what_phases_do_not_allow_is_refused(phased: small.Tree, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(phased, [override])
+    assert message in str(raised.value)
+    assert raised.value.where and raised.value.action
 
 
 def test_a_missing_key_is_named(tree: small.Tree) -> None:

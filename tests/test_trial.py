@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import small
 
-from vkd import trial
+from vkd import training, trial
+from vkd.loop import Loop
 from vkd.planning import Plan
 from vkd.run import Run
 from vkd.schema import EXAMPLE_ID
@@ -49,3 +54,20 @@ class _Stored(trial.SamplePlan):
         self.__dict__ |= plan.__dict__ | {"_classes": plan.classes()}
 
     examples = Plan.examples
+
+
+def test_a_training_in_phases_costs_what_its_last_phase_does(staged: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the student learns in it, from the weak labels; nothing is validated or noted."""
+    run, loops = small.changed(staged, f"output={tmp_path}"), list[Loop]()
+    new_loop = training.new_loop
+
+    def kept(*args: Any) -> Loop:
+        loops.append(new_loop(*args))
+        return loops[-1]
+
+    monkeypatch.setattr(training, "new_loop", kept)
+    busy_s, cpu_s = trial._train(run, _Stored(Plan.of(run)))
+    assert busy_s > 0 and cpu_s > 0
+    assert loops[0].phase.name == "joint" and loops[0].optimizer.state
+    views = {path.name for path in tmp_path.rglob("view=*")}
+    assert views == {"view=0"}

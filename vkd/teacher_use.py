@@ -30,7 +30,7 @@ LOGITS = "logits"
 ROWS_OF_CHECK, MIN_LOOKS, MAX_LOOKS = 128, 8, 16  # a check looks at as many batches in a row as hold these clips
 ROWS_OF_COLUMNS = 1024  # label columns are read at every step until then
 MIN_STEPS, MIN_SHARE = 100, 0.2  # steps, and share of the schedule, before a student must know something
-HEADS, STAGE = "heads.", "stage"
+HEADS, STAGE = "heads.", ".stage"
 
 
 @dataclass
@@ -138,7 +138,8 @@ class TeacherUse:
             return False
         kept = fed.batch["weight"] > 0
         for name in _label_columns(fed.batch):
-            if fed.batch[name].is_floating_point() and not _may_be_constant(name):
+            # refined labels may all count alike, and descriptors of few channels are padded with zeros
+            if fed.batch[name].is_floating_point() and not (name.startswith(f"{REFINED}.") or STAGE in name):
                 self.columns.setdefault(name, Spans()).add(fed.batch[name][kept])
         return True
 
@@ -217,12 +218,6 @@ def load(output: str) -> dict[str, Any] | None:
 
 def _label_columns(batch: Batch) -> list[str]:
     return sorted(name for name in batch if "." in name)
-
-
-def _may_be_constant(name: str) -> bool:
-    """Refined labels may all count alike, and descriptors of few channels are padded with zeros."""
-    alias, _, label = name.partition(".")
-    return alias == REFINED or label.startswith(STAGE)
 
 
 def _moved(batch: Batch) -> Tensor:

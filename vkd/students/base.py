@@ -68,7 +68,12 @@ class Student(nn.Module, ABC):
         """Channels of the maps that `stages` gives."""
         side_px = self.sampling.size_px
         frames = torch.zeros((1, self.sampling.num_frames, side_px, side_px, 3), dtype=torch.uint8)
-        return [x.shape[1] for x in self.stages(frames, names)[0]]
+        was_training = self.training
+        self.eval()  # its statistics are not those of no clip
+        with torch.no_grad():
+            maps, _ = self.stages(frames, names)
+        self.train(was_training)
+        return [x.shape[1] for x in maps]
 
     def as_map(self, output: Tensor, num_clips: int) -> Float[Tensor, "b c t h w"]:
         """The output of a part in one layout. Raises ConfigError when it is no map."""
