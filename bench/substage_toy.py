@@ -227,12 +227,12 @@ def render(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray
     clips = np.zeros((count, NUM_FRAMES, SIZE_PX, SIZE_PX), np.float32)
     for clip, number in zip(clips, classes.tolist(), strict=True):
         shape, (dx, dy) = SHAPES[number // len(DIRECTIONS)], DIRECTIONS[number % len(DIRECTIONS)]
-        (x, y), speed, half, light = rng.uniform(0, SIZE_PX, 2), rng.uniform(1, 3), rng.uniform(4.5, 7.5), rng.uniform(40, 100)
+        (x, y), speed, half, light = rng.uniform(0, SIZE_PX, 2), rng.uniform(1.2, 3), rng.uniform(5, 8), rng.uniform(50, 110)
         for frame in clip:
             across, down = (np.minimum((grid - c) % SIZE_PX, (c - grid) % SIZE_PX) for c in (x, y))
             frame += light * mask(shape, down[:, None], across[None], half)
             x, y = x + speed * dx, y + speed * dy
-        clip += rng.normal(rng.uniform(60, 120), 25, clip.shape)
+        clip += rng.normal(rng.uniform(60, 120), 22, clip.shape)
     return np.repeat(clips.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1), classes
 
 
