@@ -137,10 +137,9 @@ def label(out: Path, setting: Setting, features: Mapping[tuple[str, int], Column
             for chunk in label_set.missing(view, plan.chunks):
                 examples = plan.examples(chunk).to_pylist()
                 mine = [features[example[schema.EXAMPLE_ID], view] for example in examples]
-                columns = {name: np.stack([each[name] for each in mine]) for name in spec.tensors if name != "logits"}
-                if "logits" in spec.tensors:
-                    entries = probe.entries([example[schema.GROUP] for example in examples])
-                    columns["logits"] = probe.logits(columns["embedding"], entries)
+                columns = {name: np.stack([each[name] for each in mine]) for name in {*spec.tensors, "embedding"} - {"logits"}}
+                columns["logits"] = probe.logits(columns["embedding"], probe.entries([example[schema.GROUP] for example in examples]))
+                columns = {name: columns[name] for name in spec.tensors}
                 label_set.write(view, chunk, ChunkRows([example[schema.EXAMPLE_ID] for example in examples], {}, columns))
 
 

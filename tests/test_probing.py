@@ -192,7 +192,13 @@ def probed(stored: Run, probe_of: Main, tmp_path: Path) -> Run:
     """The run with the probe as its teacher, as the verb says to write it, and an empty store."""
     line = json.loads(probe_of(stored, "--by", "person", "--json")[1])["yaml"]
     teacher = yaml.safe_load(line)["teacher"]
-    return small.changed(stored, f"recipe.teacher={json.dumps(teacher)}", f"labels.store={tmp_path}/labels", "data.views.count=1")
+    return small.changed(
+        stored,
+        f"recipe.teacher={json.dumps(teacher)}",
+        f"labels.store={tmp_path}/labels",
+        "data.views.count=1",
+        "labels.encodings={logits: fp32}",
+    )
 
 
 def stored_logits(run: Run, job: Job, number: int) -> np.ndarray:

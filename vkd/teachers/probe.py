@@ -84,7 +84,7 @@ class Probe(NamedTuple):
 
 
 class ProbeTeacher(Teacher):
-    """What the teacher `of` emits, with a probe's logits in the place of its own: one for each class of the probe.
+    """What the teacher `of` emits, with a probe's logits in the place of its embedding and logits: one for each class of the probe.
 
     `path` is the file that `vkd probe` wrote. When that is cross-fitted by a manifest column, a clip is answered by the classifier
     that never saw its group, and by the one fitted on everything when no classifier leaves its group out.
@@ -110,7 +110,8 @@ class ProbeTeacher(Teacher):
             shape = "none" if found is None else f"one of shape {list(found.shape)}"
             what = f"the probe was fitted on an {EMBEDDING!r} of {size} values; the teacher emits {shape}"
             raise TeacherError(what, where=self.path, action="name the teacher that it was fitted on")
-        return {**emitted, LOGITS: TensorType("float32", (len(self._probe.classes),))}
+        others = {name: kind for name, kind in emitted.items() if name not in (EMBEDDING, LOGITS)}
+        return {LOGITS: TensorType("float32", (len(self._probe.classes),))} | others
 
     def identity(self) -> dict[str, Any]:
         return {"name": "probe", "version": self.version, "sha256": hashlib.sha256(self._data).hexdigest(), "of": self.inner.identity()}
@@ -135,7 +136,8 @@ class ProbeTeacher(Teacher):
         answered = self.inner(batch)
         by = self._probe.by
         groups = [""] * len(answered[EMBEDDING]) if by is None else batch[by].tolist()
-        return answered | {LOGITS: self._probe.logits(answered[EMBEDDING], self._probe.entries(groups))}
+        logits = self._probe.logits(answered[EMBEDDING], self._probe.entries(groups))
+        return {name: column for name, column in answered.items() if name != EMBEDDING} | {LOGITS: logits}
 
     def probe_batch(self) -> Columns:
         empty = {name: np.array([""]) for name in self.needs}
