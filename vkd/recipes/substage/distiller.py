@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vkd.layers import BatchNorm
 from vkd.losses import response
 from vkd.losses.distillation import SumAndCount
 from vkd.recipes.base import Batch, Distiller, Losses, Phase
@@ -26,6 +27,18 @@ TARGET, TRUST = "refined.q", "refined.omega"  # the label table's columns
 EARLIER = 0.5  # what the losses of substages of earlier phases count
 
 
+class Exit(nn.Module):
+    """A classifier on a map's mean over space-time, each channel normalised over the batch: such means hardly differ between clips."""
+
+    def __init__(self, num_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm, self.classifier = BatchNorm(num_channels), nn.Linear(num_channels, num_classes)
+
+    def forward(self, stage_map: Float[Tensor, "b c t h w"], weight: Float[Tensor, " b"]) -> Float[Tensor, "b classes"]:
+        logits: Tensor = self.classifier(self.norm(stage_map.mean(dim=(2, 3, 4)), weight))
+        return logits
+
+
 class SubstageDistiller(Distiller):
     """The student and what it needs only while learning: exits, adapters, and itself as it was when the phase began."""
 
@@ -35,7 +48,7 @@ class SubstageDistiller(Distiller):
         self.names = recipe.substages or student.substages
         channels, last = student.stage_channels(self.names), len(self.names) - 1
         num_classes = cast(nn.Linear, student.heads[LOGITS]).out_features
-        self.exits = nn.ModuleList(nn.Linear(channels[k], num_classes) for k in range(last))  # that of the last substage is the student's
+        self.exits = nn.ModuleList(Exit(channels[k], num_classes) for k in range(last))  # that of the last substage is the student's
         self.fusion = nn.Parameter(torch.zeros(len(self.names)))
         self.knowledge = Knowledge(recipe, channels, stages) if recipe.uses_features else None
         self.uncertainty = nn.Parameter(torch.zeros(len(self.names))) if recipe.harmonise.form == "uncertainty" else None
@@ -111,7 +124,7 @@ class SubstageDistiller(Distiller):
     def _exits(self, student: nn.Module, exits: nn.Module, batch: Batch) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Maps of the substages that the phase reaches, and the logits of its exits."""
         maps, outputs = student.stages(batch[FRAMES], self.names, num_stages=self.step.newest + 1)  # type: ignore[operator]
-        logits = {k: exits[k](maps[k].mean(dim=(2, 3, 4))) for k in self.step.exits if k < len(self.names) - 1}  # type: ignore[index]
+        logits = {k: exits[k](maps[k], batch[WEIGHT]) for k in self.step.exits if k < len(self.names) - 1}  # type: ignore[index]
         if outputs is not None:
             logits[len(self.names) - 1] = outputs[LOGITS]
         return maps, logits
@@ -144,7 +157,7 @@ class SubstageDistiller(Distiller):
         before = self.steps[self.steps.index(self.step) - 1]
         maps, _ = self.assistant["student"].stages(batch[FRAMES], self.names, num_stages=before.newest + 1)  # type: ignore[operator]
         exits = self.assistant["exits"]
-        logits = {k: exits[k](maps[k].mean(dim=(2, 3, 4))) for k in before.exits}  # type: ignore[index]
+        logits = {k: exits[k](maps[k], batch[WEIGHT]) for k in before.exits}  # type: ignore[index]
         return self._fused(logits) if self.recipe.combos.fused else logits[before.newest]
 
     def _assisted(self, step: Step) -> bool:
