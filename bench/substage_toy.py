@@ -8,7 +8,7 @@ A class is one of 3 shapes that moves in one of 4 directions: neither the shape 
 labels of other clips, `strong` to the end and `weak` until it answers 70 to 80 % of validation.
 no_teacher  cross entropy on the labels                    kd          and the teacher: the best rho of 0.5, 0.9, 1.0 on validation
 kd_refined  kd whose labels are refined                    kd_argmax   kd whose labels are what the teacher answers first
-ours        the recipe `substage`                          weak_ours   the same with the weak teacher
+ours        the recipe `substage`                          weak_ours   with the weak teacher, and labels in the loss
 Rho is chosen at the first seed, where also the three arms that the gate does not ask for are trained; --full: at every seed.
 All arms of a seed share clips, wrong labels, the student's first weights, batches and their order, and the number of steps.
 The gate: ours > kd in every seed, by at least a point in the mean; and with the weak teacher the refined labels are right more
@@ -63,10 +63,12 @@ OFF = off(EPOCHS)
 RHOS = (0.5, 0.9, 1.0)
 OURS: dict[str, Any] = {
     "cascade": CASCADE,
-    "fd": {"moments": 0.1, "mmd": 0.05, "temporal": 0.05},
-    "rel": {"sp": 0.1, "corr": 0.1, "pair": 0.01},
+    "resp": {"rho": [1.0, 1.0], "tau": [4, 4]},
+    "fd": {"moments": 0.02, "mmd": 0.01, "temporal": 0.01},
+    "rel": {"sp": 0.02, "corr": 0.02, "pair": 0.002},
     "refine": {"trust": 0.25},
 }
+WEAK_OURS: dict[str, Any] = OURS | {"resp": {"rho": [0.9, 0.5], "tau": [8, 4]}}  # a teacher that is wrong as often as the labels
 REMOVED: dict[str, dict[str, Any]] = {  # each ingredient of ours taken away
     "substages": {"combos": {"prefix": False, "pair": False, "fused": False}},
     "cascade": {"cascade": CASCADE | {"per_stage": 0, "joint": EPOCHS - 2}},
@@ -103,7 +105,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         candidates = [("strong", f"kd_{rho}", plain(EPOCHS, rho)) for rho in RHOS]
         train_all([(seed, *arm) for seed in (seeds if full else seeds[:1]) for arm in candidates])
         best = max(candidates, key=lambda arm: statistics.mean(of["validation"] for of in told[arm[1]].values()))
-        others = [("strong", "ours", OURS), ("weak", "weak_ours", OURS), *([] if full else [best])]
+        others = [("strong", "ours", OURS), ("weak", "weak_ours", WEAK_OURS), *([] if full else [best])]
         work = [(seed, *arm) for seed in seeds for arm in others if seed not in told.get(arm[1], {})]
         train_all(work + [(seed, *arm) for seed in (seeds if full else seeds[:1]) for arm in further(full)])
     return found | {"kd_rho": best[1].removeprefix("kd_")} | summary(told | {"kd": told[best[1]]}, seeds)
