@@ -102,7 +102,7 @@ def features_of(out: Path) -> dict[tuple[str, int], Columns]:
     """(example, view) -> what the frozen network says of it, and its frames: labelled once, since no setting changes them."""
     write_sources(out / "all" / "sources.jsonl", None)
     teacher = {"name": "efficientnet_lite", "variant": 0, "substages": True}
-    run = _run(out, "all", "substage_student.yaml", "labels", f"recipe.teacher={json.dumps(teacher)}", "data.split={by: none}")
+    run = _run(out, "all", "substage_probe.yaml", "labels", f"recipe.teacher={json.dumps(teacher)}", "data.split={by: none}")
     pipeline.label(run, Screen())
     plan, sets = open_sets(run, Plan.of(run))
     found: dict[tuple[str, int], Columns] = {}

@@ -123,7 +123,7 @@ def test_rates_of_the_phases(freeze: bool) -> None:
             body = [name for name in names if not name.startswith("heads.")]
             assert {rates.get(f"student.{name}", 0.0) for name in body} == {expected}
             if j < 2:
-                assert {rates.get(f"exits.{j}.{name}", 0.0) for name in ("weight", "bias")} == {expected}
+                assert {rates.get(f"exits.{j}.{name}", 0.0) for name, _ in module.exits[j].named_parameters()} == {expected}
             assert {rates.get(f"knowledge.adapters.{j}-{knowledge.partner[j]}.of_means.weight", 0.0)} == {expected}
         assert ("student.heads.logits.weight" in rates) == head
         assert "fusion" not in rates
@@ -264,7 +264,7 @@ def test_temperature_and_share_go_from_end_to_end() -> None:
     with torch.no_grad():
         found = module(data)
         maps, answers = module.student.stages(data["frames"], NAMES)
-        logits = [module.exits[k](maps[k].mean(dim=(2, 3, 4))) for k in range(2)] + [answers["logits"]]
+        logits = [module.exits[k](maps[k], data["weight"]) for k in range(2)] + [answers["logits"]]
         for k, (rho, tau) in enumerate([(0.8, 8.0), (0.6, 5.0), (0.4, 2.0)]):
             taught = (data["teacher.logits"] / tau).softmax(dim=1)
             kl = (taught * (taught.log() - (logits[k] / tau).log_softmax(dim=1))).sum(dim=1)
@@ -278,7 +278,7 @@ def test_the_assistant_is_the_student_of_before_and_helps_where_it_agrees(combos
     helper = cast(Tensor, module._helper(data))
     with torch.no_grad():
         maps, _ = module.student.stages(data["frames"], NAMES, num_stages=1)
-        torch.testing.assert_close(helper, module.exits[0](maps[0].mean(dim=(2, 3, 4))))
+        torch.testing.assert_close(helper, module.exits[0].eval()(maps[0], data["weight"]))
         for parameter in module.student.parameters():
             parameter.add_(0.1)
     torch.testing.assert_close(module._helper(data), helper)

@@ -35,6 +35,7 @@ class Knowledge(nn.Module):
     """
 
     alike: Tensor  # linear CKA of the student's substages with the teacher's
+    centred: Tensor  # which adapters give means and deviations about the teacher's
 
     def __init__(self, recipe: Substage, channels: Sequence[int], stages: Sequence[TensorType]) -> None:
         super().__init__()
@@ -51,6 +52,7 @@ class Knowledge(nn.Module):
         for j, d in enumerate(sizes):
             self.register_buffer(f"scale{j}", torch.full((features.NUM_STATISTICS, d), torch.nan))
         self.register_buffer("alike", torch.full((len(channels), len(sizes)), torch.nan))
+        self.register_buffer("centred", torch.zeros(len(channels), len(sizes)))
 
     def forward(self, maps: Sequence[Tensor], taught: Sequence[Tensor], weight: Tensor, learns: bool, follows: bool) -> Found:
         """The losses of the substages whose maps are given, over the rows of all ranks; without gradient unless it `learns`.
@@ -63,6 +65,7 @@ class Knowledge(nn.Module):
             students, teachers = rows[: len(own)], [x.detach() for x in rows[len(own) :]]
             if follows:
                 self._watch(students, teachers)
+                self._centre(students, teachers, again=not learns)
             found = self._features(students, teachers, follows) if self.fd.on else {}
             return found | (self._relations(students, teachers) if self.rel.on and learns else {})
 
@@ -106,6 +109,21 @@ class Knowledge(nn.Module):
             pair.append((adapted @ directions, teachers[number] @ directions))
         (s1, t1), (s2, t2) = pair
         return relation.pair((s1, s2), (t1, t2), _ones(students[0]))
+
+    @torch.no_grad()
+    def _centre(self, students: Sequence[Rows], teachers: Sequence[Rows], again: bool) -> None:
+        """Before they learn, adapters begin where the teacher's means are: it may vary by less than a hundredth of them.
+
+        The same on every rank; `again` for those that have begun.
+        """
+        for name, adapter in self.adapters.items():
+            k, j = map(int, name.split("-"))
+            if k < len(students) and len(students[k]) and (again or not self.centred[k, j]):
+                assert isinstance(adapter, DescriptorAdapter)
+                off = (teachers[j] - adapter(students[k])).mean(dim=0)
+                adapter.of_means.bias.add_(off[0])
+                adapter.of_deviations.bias.add_(off[1])
+                self.centred[k, j] = 1
 
     @torch.no_grad()
     def _watch(self, students: Sequence[Rows], teachers: Sequence[Rows]) -> None:
