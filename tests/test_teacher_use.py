@@ -155,6 +155,12 @@ def test_labels_of_other_clips_are_found(capfd: pytest.CaptureFixture[str], seed
     assert all(line.startswith("warning: ") and "those of other clips" in line and " -> check that labels" in line for line in lines)
 
 
+def test_losses_that_compare_how_clips_lie_may_have_labels_of_other_clips() -> None:
+    loop = loop_of({"kl": 1.0, "cosine": 1.0, "cross_entropy": 1.0})
+    loop.distiller.unpaired = ("cosine",)
+    assert kinds(fit(loop, InMemory(permuted))) == {("unused", "kl")}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "found"),
     [

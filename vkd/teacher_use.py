@@ -97,7 +97,11 @@ class TeacherUse:
         found = [*teacher_use.wrong_columns(self.columns), *teacher_use.drowned_losses(self.max_shares), *self.leaks]
         if self._trained:  # before its first step a student may answer zeros, of which some losses are the same for all labels
             found += teacher_use.ignored_labels(self.controls, self.needs)
-        return found + (list(teacher_use.unused_labels(self.controls)) if self.judged else [])
+        return found + (list(teacher_use.unused_labels(self._paired())) if self.judged else [])
+
+    def _paired(self) -> dict[str, Control]:
+        """The controls of losses that shuffled labels must harm."""
+        return {name: control for name, control in self.controls.items() if name.partition("/")[0] not in self.loop.distiller.unpaired}
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers, for TensorBoard."""

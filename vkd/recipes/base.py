@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,11 +41,13 @@ class Phase:
 class Distiller(nn.Module, ABC):
     """Everything that gets a gradient: the student and what it needs only while learning.
 
-    `said`: after `forward`, what the student says of each row [b, num_classes], if labels are refined by it.
+    `unpaired`: losses (up to a slash in their names) that compare how clips lie, and not clip with clip: other clips' labels may do as
+    well. `said`: after `forward`, what the student says of each row [b, num_classes], if labels are refined by it.
     """
 
     student: Student
     said: Tensor | None = None
+    unpaired: Collection[str] = ()
 
     @abstractmethod
     def forward(self, batch: Batch) -> Losses:

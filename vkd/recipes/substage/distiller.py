@@ -42,6 +42,8 @@ class Exit(nn.Module):
 class SubstageDistiller(Distiller):
     """The student and what it needs only while learning: exits, adapters, and itself as it was when the phase began."""
 
+    unpaired = ("fd", "rel")
+
     def __init__(self, student: Student, recipe: Substage, stages: Sequence[TensorType]) -> None:
         super().__init__()
         self.student, self.recipe = student, recipe
