@@ -14,6 +14,7 @@ from vkd.manifest import BuildOptions
 from vkd.planning import Plan
 from vkd.preflight import PlanReport
 from vkd.run import Run
+from vkd.schema import VAL
 from vkd.store import files
 from vkd.training import TrainReport
 from vkd.video.decode import check_decoder
@@ -77,11 +78,11 @@ def evaluate(run: Run, watch: Watcher, student: str | None = None) -> dict[str, 
 
 def run_all(run: Run, watch: Watcher) -> tuple[LabelReport | None, TrainReport, dict[str, Any] | None]:
     """Label, distill (at once, unless labels are `stored`) and, when clips are held out, evaluate: each does only what is left to do."""
-    held_out = run.data.split.by != "none"
     claim.claim_output(run)  # an output of another run is told now, not after hours of labelling
     with cluster.session(run.compute) if run.compute.student.max_workers else nullcontext():  # else Ray ends with the labels
         labelled = label(run, watch) if run.labels.mode == "stored" else None
         trained = distill(run, watch)
+        held_out = any(Plan.of(run).rows(VAL))
         return labelled or trained.labels, trained, evaluate(run, watch) if held_out else None
 
 

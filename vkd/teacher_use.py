@@ -97,11 +97,8 @@ class TeacherUse:
         found = [*teacher_use.wrong_columns(self.columns), *teacher_use.drowned_losses(self.max_shares), *self.leaks]
         if self._trained:  # before its first step a student may answer zeros, of which some losses are the same for all labels
             found += teacher_use.ignored_labels(self.controls, self.needs)
-        return found + (list(teacher_use.unused_labels(self._paired())) if self.judged else [])
-
-    def _paired(self) -> dict[str, Control]:
-        """The controls of losses that shuffled labels must harm."""
-        return {name: control for name, control in self.controls.items() if name.partition("/")[0] not in self.loop.distiller.unpaired}
+        paired = {name: each for name, each in self.controls.items() if name.partition("/")[0] not in self.loop.distiller.unpaired}
+        return found + (list(teacher_use.unused_labels(paired)) if self.judged else [])
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers, for TensorBoard."""
@@ -184,8 +181,8 @@ class TeacherUse:
                 norms.append(torch.stack(squares).sum().sqrt())
         summed = gather.sum_over_ranks(torch.stack(norms)).tolist() if norms else []
         self.shares = teacher_use.gradient_shares(dict(zip(names, summed, strict=True)))
-        for name, share in self.shares.items():
-            self.max_shares[name] = max(share, self.max_shares.get(name, 0.0))
+        for kind, share in teacher_use.by_kind(self.shares).items():
+            self.max_shares[kind] = max(share, self.max_shares.get(kind, 0.0))
 
     def _close(self, check: _Check, total: int) -> None:
         train = self.loop.train

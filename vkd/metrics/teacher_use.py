@@ -135,6 +135,15 @@ def wrong_columns(columns: Mapping[str, Spans]) -> Iterator[Finding]:
             yield Finding("dead", name, what, "look at that layer of the teacher, or choose another label")
 
 
+def by_kind(shares: Mapping[str, float]) -> dict[str, float]:
+    """Shares of the losses of one kind added up: `fd/1` and `fd/2` are two of `fd`."""
+    found: dict[str, float] = {}
+    for name, share in shares.items():
+        kind = name.partition("/")[0]
+        found[kind] = found.get(kind, 0.0) + share
+    return found
+
+
 def drowned_losses(shares: Mapping[str, float]) -> Iterator[Finding]:
     """Losses whose largest share of the gradient so far is too small to matter."""
     for name, share in shares.items():
