@@ -70,8 +70,7 @@ class TeacherUse:
         self.controls: dict[str, Control] = {}
         self.agreement: dict[str, tuple[float, float]] = {}
         self.leaks: list[Finding] = []
-        self.step, self._epoch = -1, -1
-        self._trained, self.judged = False, False
+        self.step, self._epoch, self._trained, self.judged = -1, -1, False, False
         self._check: _Check | None = None
         self._told: set[tuple[str, str]] = set()
 
