@@ -228,12 +228,12 @@ def summary(found: Mapping[tuple[str, float], Sequence[Answers]]) -> dict[str, A
         low, high = interval(per_person)
         n = sum(len(each.truths) for each in answers)
         rows.append((arm, f"{1 - missing:.0%}", str(n), f"{per_person.mean():.3f}", f"{low:.3f} - {high:.3f}"))
-        result[f"{arm}@{1 - missing:g}"] = {"accuracy": per_person.mean(), "interval": (low, high), "n": n} | details(answers)
+        result[f"{arm}@{1 - missing:g}"] = {"accuracy": float(per_person.mean()), "interval": (low, high), "n": n} | details(answers)
     Screen().table("accuracy on people never seen", ("arm", "labelled", "n", "mean", "95 %, over people"), rows)
     for other in ("kd", "no_teacher"):
         ours, theirs = (by_person[arm, MISSING] for arm in ("ours", other))
         gains = np.array([ours[person] - theirs[person] for person in PEOPLE])
-        result[f"gain_over_{other}"] = {"mean": gains.mean(), "interval": interval(gains), "p": sign_flips(gains)}
+        result[f"gain_over_{other}"] = {"mean": float(gains.mean()), "interval": interval(gains), "p": sign_flips(gains)}
     return result
 
 
