@@ -39,7 +39,6 @@ from vkd.loop import Loop
 from vkd.manifest import Manifest
 from vkd.metrics.probes import linear_probe
 from vkd.planning import Plan
-from vkd.rounds import Round
 from vkd.run import Run
 from vkd.store.labelset import LabelSet
 from vkd.students import STUDENTS
@@ -162,8 +161,7 @@ def features(clips: Corpus, student: Student, column: str = FEATURES) -> Feature
     found = {}
     for person in PEOPLE:
         feeder = clips.feeder(clips.distill, only=person)
-        rounds = [Round(0, i, (chunk,)) for i, chunk in enumerate(np.flatnonzero(feeder.sizes).tolist())]
-        batches = [fed.batch for fed in feeder.stream(rounds, batch_size=32, seed=0)]
+        batches = [fed.batch for fed in feeder.stream(feeder.one_pass(), batch_size=32, seed=0)]
         parts = [student(batch[schema.FRAMES])[column] if column == FEATURES else batch[column] for batch in batches]
         real = torch.cat([batch["weight"] for batch in batches]).numpy() > 0  # an all-rejected batch is one row of weight 0
         found[person] = torch.cat(parts).numpy()[real], torch.cat([batch[schema.LABEL] for batch in batches]).numpy()[real]

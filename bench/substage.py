@@ -38,7 +38,6 @@ from vkd.metrics.calibration import expected_calibration_error
 from vkd.phased import table_of
 from vkd.planning import Plan
 from vkd.recipes.substage.distiller import SubstageDistiller
-from vkd.rounds import Round
 from vkd.run import Run
 from vkd.schema import GAP, TRAIN, Columns
 from vkd.store.encodings import decode
@@ -198,10 +197,9 @@ def train(work: tuple[Path, Setting, str]) -> Answers:
     loop.distiller.eval()
     rows = [row for chunk in plan.chunks for row in plan.examples(chunk).to_pylist()]
     classes, feeder = plan.classes(), Feeder(run, plan, sets, GAP)
-    rounds = [Round(0, i, (chunk,)) for i, chunk in enumerate(np.flatnonzero(feeder.sizes).tolist())]
     parts, numbers = list[dict[int, torch.Tensor]](), list[int]()
     with torch.inference_mode():
-        for fed in feeder.stream(rounds, 32, seed=0):
+        for fed in feeder.stream(feeder.one_pass(), 32, seed=0):
             parts.append(loop.distiller.exit_logits(fed.batch))
             numbers += fed.batch[schema.EXAMPLE].tolist()
     held = [rows[number] for number in numbers]

@@ -45,7 +45,6 @@ from vkd.manifest import BuildOptions, build
 from vkd.models import ModelSpec
 from vkd.phased import table_of
 from vkd.planning import Plan
-from vkd.rounds import Round
 from vkd.run import Run
 from vkd.schema import GAP, TRAIN, VAL
 from vkd.students import STUDENTS
@@ -170,8 +169,7 @@ def answers_of(run: Run, plan: Plan, sets: Mapping[str, Any], split: str, studen
     """What student and teacher answer of the clips of a split, and what is true."""
     feeder = Feeder(run, plan, sets, split)
     truths = [name for chunk in plan.chunks for name in plan.examples(chunk)["truth"].to_pylist()]
-    rounds = [Round(0, i, (chunk,)) for i, chunk in enumerate(np.flatnonzero(feeder.sizes).tolist())]
-    batches = [fed.batch for fed in feeder.stream(rounds, 100, seed=0)]
+    batches = [fed.batch for fed in feeder.stream(feeder.one_pass(), 100, seed=0)]
     said = torch.cat([student(batch[schema.FRAMES])["logits"] for batch in batches]).numpy()
     taught = torch.cat([batch["teacher.logits"] for batch in batches]).numpy()
     numbers = torch.cat([batch[schema.EXAMPLE] for batch in batches]).tolist()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import small
 
-from vkd import cli, training
+from vkd import training
 from vkd.manifest import Manifest
 from vkd.run import Run, dump
 from vkd.schema import VIDEO_ID
@@ -22,19 +22,6 @@ from vkd.verification import STRAY_AGE_S
 
 USER, STORAGE = 2, 3
 Main = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
-    """`vkd` with these arguments, in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vkd", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0), *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -65,6 +65,9 @@ class InMemory:
     def __init__(self, sizes: Sequence[int] = (10, 10, 10)) -> None:
         self.sizes, self.rank, self.wait_s, self.unreadable, self.left_out = list(sizes), 0, 0.0, 0, 0
 
+    def one_pass(self, epoch: int = 0) -> list[Round]:
+        return Feeder.one_pass(cast(Feeder, self), epoch)
+
     def stream(self, rounds: Sequence[Round], batch_size: int, seed: int, skip: int = 0) -> Iterator[Fed]:
         x = torch.randn(NUM_EXAMPLES, 2, generator=torch.Generator().manual_seed(1))
         for round_ in rounds:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import small
 import yaml
 
-from vkd import cli, labelling, planning, trial
+from vkd import labelling, planning, trial
 from vkd.errors import ConfigError
 from vkd.manifest import BuildOptions, Manifest, build
 from vkd.metrics.probes import fit_linear, linear_probe
@@ -72,19 +71,6 @@ def stored(unlabelled: Run, small_videos: Path, tmp_path_factory: pytest.TempPat
     run = small.changed(unlabelled, manifest, *places, "data.split={by: column}", "data.keep_frames=none", "data.views.count=2")
     small.label(run)
     return run
-
-
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
-    """`vkd` with these arguments, in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vkd", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0), *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

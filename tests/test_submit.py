@@ -20,7 +20,7 @@ import pytest
 import small
 import yaml
 
-from vkd import cli, submit, upload
+from vkd import submit, upload
 from vkd.errors import ConfigError
 from vkd.jobs import Job, Log
 from vkd.submission import Submission, prepare
@@ -30,19 +30,6 @@ REPOSITORY = Path(__file__).parents[1]
 BUCKET = "s3://bucket"
 SMOKE = ["output=s3://mine/out", "data.manifest=s3://mine/manifest", "labels.store=s3://mine/labels"]
 Main = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
-    """`vkd` with these arguments, in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vkd", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0), *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from vkd.errors import ConfigError
 from vkd.feeding import Feeder, open_sets
 from vkd.metrics import cost, fidelity, probes
 from vkd.planning import Plan
-from vkd.rounds import Round
 from vkd.run import Run
 from vkd.stages import device
 from vkd.students.base import FEATURES, Student
@@ -52,12 +51,11 @@ def evaluate(run: Run, folder: str) -> dict[str, Any]:
 
 def _answers(feeder: Feeder, student: Student) -> Answers:
     """The student's outputs and the teachers' labels over one pass of view 0."""
-    rounds = [Round(feeder.run.held_out_view, i, (chunk,)) for i, chunk in enumerate(np.flatnonzero(feeder.sizes).tolist())]
     said: dict[str, list[np.ndarray]] = {}
     taught: dict[str, list[np.ndarray]] = {}
     classes: list[np.ndarray] = []
     with torch.inference_mode():
-        for fed in feeder.stream(rounds, BATCH_SIZE, seed=0):
+        for fed in feeder.stream(feeder.one_pass(feeder.run.held_out_view), BATCH_SIZE, seed=0):
             real = fed.batch[schema.WEIGHT].numpy() > 0
             for name, tensor in student(fed.batch[schema.FRAMES].to(device())).items():
                 said.setdefault(name, []).append(tensor.float().cpu().numpy()[real])

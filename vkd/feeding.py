@@ -104,6 +104,10 @@ class Feeder:
         """Rows of this split in each chunk of the plan."""
         return [len(rows) for rows in self.rows]
 
+    def one_pass(self, epoch: int = 0) -> list[Round]:
+        """Every chunk that has rows, in plan order, as a round of its own."""
+        return [Round(epoch, number, (chunk,)) for number, chunk in enumerate(chunk for chunk, size in enumerate(self.sizes) if size)]
+
     def stream(self, rounds: Sequence[Round], batch_size: int, seed: int, skip: int = 0) -> Iterator[Fed]:
         """Every batch of the rounds, in order, less the first `skip`; the next round is read while this one trains. Adds to `wait_s`."""
         pending: deque[_Pending] = deque()

@@ -72,8 +72,7 @@ class Between:
         modes = [(module, module.training) for module in self.distiller.modules()]
         self.distiller.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        rounds = [Round(0, i, (chunk,)) for i, chunk in enumerate(chunk for chunk, size in enumerate(self.held_out.sizes) if size)]
-        for fed in self.held_out.stream(rounds, self.batch_size, seed=0):
+        for fed in self.held_out.stream(self.held_out.one_pass(), self.batch_size, seed=0):
             batch = {name: tensor.to(device) for name, tensor in fed.batch.items()}
             total += torch.stack([part.double().cpu() for part in self.distiller.score(batch)])
         for module, training in modes:
