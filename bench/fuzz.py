@@ -88,7 +88,7 @@ def told(run: Run, intact: set[str]) -> dict[str, Any]:
 
 def slowest(run: Run, damaged: Sequence[Path]) -> dict[str, Any]:
     """Seconds of the slowest damaged file by itself, in a child that has started, beside its deadline; files over theirs."""
-    samplings = [teacher.sampling for teacher in planning.build_teachers(run.recipe.teachers).values()]
+    samplings = [teacher.sampling for teacher in planning.build_teachers(run.recipe.teachers).values() if teacher.sampling is not None]
     decoder, found = Guard(planning.decoding(run, samplings)), []
     for path in damaged:
         clip = Clip(str(path), 0.0, None, View(), path.name)

@@ -28,6 +28,7 @@ from measure import arguments, finish, spread
 
 from vkd import gather
 from vkd.checkpoint import Position
+from vkd.clips import Sampling
 from vkd.efficientnet import VARIANTS, EfficientNetLite, preprocess
 from vkd.feeding import NUM_THREADS, READ_AHEAD_BATCHES, Fed, Feeder
 from vkd.loop import Loop
@@ -37,6 +38,7 @@ from vkd.recipes.kd import KD
 from vkd.rounds import Round
 from vkd.run import Train
 from vkd.schema import FRAMES, TensorType
+from vkd.students.base import Student
 from vkd.teachers.efficientnet_lite import EfficientNetLiteTeacher
 from vkd.transfer import pinned
 
@@ -62,7 +64,7 @@ def main() -> None:
 def measure_teacher(options: argparse.Namespace) -> dict[str, Any]:
     """The adapter over a chunk's frames, and its network over the same frames on the device."""
     teacher = random_teacher(options.device, options.teacher_batch)
-    sampling = teacher.sampling
+    sampling = cast(Sampling, teacher.sampling)
     shape = (options.clips, sampling.num_frames, sampling.size_px, sampling.size_px, 3)
     frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     parts = [torch.from_numpy(frames[i : i + options.teacher_batch]) for i in range(0, options.clips, options.teacher_batch)]
@@ -153,7 +155,7 @@ def _loop(options: argparse.Namespace) -> Loop:
 def _batch(loop: Loop, num_rows: int, seed: int) -> Batch:
     """Noise in the form of a batch of the feeder."""
     generator = torch.Generator().manual_seed(seed)
-    sampling = loop.distiller.student.sampling
+    sampling = cast(Student, loop.distiller.student).sampling
     shape = (num_rows, sampling.num_frames, sampling.size_px, sampling.size_px, 3)
     return {
         FRAMES: torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),

@@ -24,7 +24,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ def train(clips: Corpus, run: Run, leave_out: Collection[str], seed: int) -> Stu
     distiller.student.load_state_dict(_student(run, seed).state_dict(), strict=False)  # heads differ between arms, backbones must not
     loop = Loop(distiller, run.train, "cpu")
     loop.fit(clips.feeder(run, leave_out), run.checkpoint.every_examples, Position(), lambda report, position: None)
-    return distiller.student.eval()
+    return cast(Student, distiller.student.eval())
 
 
 def _student(run: Run, seed: int) -> Student:

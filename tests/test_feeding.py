@@ -12,7 +12,7 @@ import pytest
 import small
 import torch
 
-from vkd import feeding, planning
+from vkd import batches, feeding, planning
 from vkd.clips import Clip
 from vkd.errors import LabelsMissing, StorageError
 from vkd.feeding import Fed, Feeder
@@ -120,7 +120,7 @@ def test_kept_frames_are_what_decoding_gives(labelled: Run) -> None:
 
 
 def test_nothing_is_decoded_when_frames_are_kept(labelled: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeding, "decode_or_reject", None)
+    monkeypatch.setattr(batches, "decode_or_reject", None)
     assert len(rows_of(stream(small.feeder_of(labelled)))) == 15
 
 
@@ -168,7 +168,7 @@ def test_a_video_that_no_longer_decodes_is_counted_and_left_out(labelled: Run, m
             gone = "b_dull" in clip.uri
             yield Reject("decode", "missing", "gone", True) if gone else next(decode_or_reject([clip], settings))
 
-    monkeypatch.setattr(feeding, "decode_or_reject", decode_most)
+    monkeypatch.setattr(batches, "decode_or_reject", decode_most)
     feeder = small.feeder_of(small.changed(labelled, "data.keep_frames=none"))
     fed = stream(feeder)
     assert feeder.unreadable == 5
@@ -231,7 +231,7 @@ def test_an_error_while_making_a_batch_reaches_the_consumer(labelled: Run, monke
         raise StorageError("the disk is gone")
 
     feeder = small.feeder_of(labelled)
-    monkeypatch.setattr(feeding, "decode", fail)
+    monkeypatch.setattr(batches, "decode", fail)
     with pytest.raises(StorageError, match="the disk is gone"):
         stream(feeder)
 
@@ -250,7 +250,7 @@ def test_rounds_are_read_ahead_but_not_all_at_once(labelled: Run, monkeypatch: p
     feeder, loaded = small.feeder_of(labelled), list[int]()
     load, ahead = Feeder._load, threading.Event()
 
-    def noted(self: Feeder, chunk: int, view: int) -> feeding._Loaded:
+    def noted(self: Feeder, chunk: int, view: int) -> batches.Loaded:
         loaded.append(chunk)
         if len(loaded) > 1:
             ahead.set()
@@ -270,7 +270,7 @@ def test_waiting_is_measured(labelled: Run, monkeypatch: pytest.MonkeyPatch) -> 
     feeder, load = small.feeder_of(labelled), Feeder._load
     gate = threading.Event()
 
-    def slow(self: Feeder, chunk: int, view: int) -> feeding._Loaded:
+    def slow(self: Feeder, chunk: int, view: int) -> batches.Loaded:
         gate.wait(0.5)
         return load(self, chunk, view)
 

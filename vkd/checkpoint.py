@@ -28,7 +28,8 @@ from vkd.errors import ConfigError, StorageError
 from vkd.models import ModelSpec
 from vkd.store import files
 from vkd.students import STUDENTS
-from vkd.students.base import Student
+from vkd.students.base import SimilarityStudent, Student
+from vkd.students.selector import Selector
 
 FORMAT_VERSION = 1
 MAX_HEAD = 1 << 20  # values of one head: a config may say anything
@@ -170,36 +171,53 @@ def prune(output: str, keep: int) -> None:
         files.delete(folder)
 
 
-def export(student: Student, spec: ModelSpec, folder: str, extra: dict[str, Any]) -> None:
-    """Write a student that `load_student` loads back, without Ray; `extra` is recorded beside it."""
-    heads = {name: head.out_features for name, head in student.heads.items()}
-    config = {
-        "format_version": FORMAT_VERSION,
-        "student": spec.model_dump(),
-        "heads": heads,
-        "sampling": student.sampling.model_dump(mode="json"),
-        **extra,
-    }
+def export(student: nn.Module, spec: ModelSpec, folder: str, extra: dict[str, Any]) -> None:
+    """Write a student that `load_student` or `load_similarity` loads back, without Ray; `extra` is recorded beside it."""
+    config: dict[str, Any] = {"format_version": FORMAT_VERSION, "student": spec.model_dump()}
+    if isinstance(student, Student):
+        config["heads"] = {name: head.out_features for name, head in student.heads.items()}
+        config["sampling"] = student.sampling.model_dump(mode="json")
+    config |= extra
     files.put(files.join(folder, WEIGHTS), _weights(student))
     files.put(files.join(folder, CONFIG), json.dumps(config, indent=1).encode())
 
 
 def load_student(folder: str) -> Student:
-    """An exported student in eval mode, on the CPU. Raises ConfigError when the folder holds none."""
-    try:
-        with _whole(CONFIG, folder):
-            config = json.loads(files.read(files.join(folder, CONFIG)))
-            heads, spec = config["heads"], ModelSpec.model_validate(config["student"])
-    except FileNotFoundError as error:
-        raise ConfigError("holds no exported student", where=folder, action="vkd distill RUN, then name its student folder") from error
-    kind = models.find(spec, STUDENTS, "student")
-    if not (isinstance(kind, type) and issubclass(kind, Student)):  # a config may name anything that can be imported
-        raise ConfigError(f"{spec.name!r} is no student", where=folder, action="export the student again")
+    """An exported student of frames in eval mode, on the CPU. Raises ConfigError when the folder holds none."""
+    config, spec = read_export(folder)
+    _require_kind(spec, (Student,), folder, "export the student again")
+    heads = config.get("heads")
     if not isinstance(heads, dict) or not all(isinstance(size, int) and 0 < size <= MAX_HEAD for size in heads.values()):
         raise ConfigError(f"no heads: {str(heads)[:100]}", where=folder, action="export the student again")
     student: Student = models.build(spec, STUDENTS, "student", heads=heads)
     _load_weights(student, folder)
     return student.eval()
+
+
+def load_similarity(folder: str) -> SimilarityStudent | Selector:
+    """An exported student of region features in eval mode, on the CPU. Raises ConfigError when the folder holds none."""
+    _, spec = read_export(folder)
+    _require_kind(spec, (SimilarityStudent, Selector), folder, "name the folder of one that learned similarity of videos")
+    student: SimilarityStudent | Selector = models.build(spec, STUDENTS, "student")
+    _load_weights(student, folder)
+    return student.eval()
+
+
+def read_export(folder: str) -> tuple[dict[str, Any], ModelSpec]:
+    """What an export folder tells of its student, and which model it is. Raises ConfigError when there is none."""
+    try:
+        with _whole(CONFIG, folder):
+            config = json.loads(files.read(files.join(folder, CONFIG)))
+            return config, ModelSpec.model_validate(config["student"])
+    except FileNotFoundError as error:
+        raise ConfigError("holds no exported student", where=folder, action="vkd distill RUN, then name its student folder") from error
+
+
+def _require_kind(spec: ModelSpec, kinds: tuple[type, ...], folder: str, action: str) -> None:
+    """Raises ConfigError for another model: a config may name anything that can be imported."""
+    found = models.find(spec, STUDENTS, "student")
+    if not (isinstance(found, type) and issubclass(found, kinds)):
+        raise ConfigError(f"{spec.name!r} is no such student", where=folder, action=action)
 
 
 def _weights(module: nn.Module) -> bytes:

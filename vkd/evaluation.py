@@ -34,6 +34,8 @@ class Answers:
 
 def evaluate(run: Run, folder: str) -> dict[str, Any]:
     """Fidelity, probes, cost and retention of an exported student, as one JSON-able tree. Raises ConfigError when nothing is held out."""
+    if planning.student_sampling(run) is None:
+        return _without_frames(run, folder)
     student = checkpoint.load_student(folder).to(device())
     plan, sets = open_sets(run, Plan.of(run))
     feeders = {split: Feeder(run, plan, sets, split) for split in (schema.TRAIN, schema.VAL)}
@@ -47,6 +49,20 @@ def evaluate(run: Run, folder: str) -> dict[str, Any]:
     measured["probes"] = _probes(answers[schema.TRAIN], answers[schema.VAL])
     measured["cost"] = _cost(run, student)
     return measured
+
+
+def _without_frames(run: Run, folder: str) -> dict[str, Any]:
+    """What the recipe measures of a student that reads no frames."""
+    student = checkpoint.load_similarity(folder)
+    plan, sets = open_sets(run, Plan.of(run))
+    feeder = Feeder(run, plan, sets, schema.VAL)
+    if not sum(feeder.sizes):
+        raise ConfigError("nothing is held out to evaluate on", where="data.split", action="set data.split.by to time, group or column")
+    with torch.inference_mode():
+        held_out = feeder.stream(feeder.one_pass(run.held_out_view), run.train.batch_size, seed=0)
+        found = run.recipe.evaluate(student, (fed.batch for fed in held_out))
+    measured = {"num_clips": sum(feeder.sizes), "fidelity": dict(found), "probes": {}}
+    return measured | {"cost": {"student": {"parameters": cost.num_parameters(student)}}}
 
 
 def _answers(feeder: Feeder, student: Student) -> Answers:

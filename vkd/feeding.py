@@ -1,4 +1,4 @@
-"""Committed chunks -> batches of tensors: rounds are read ahead, frames come from the store or from the videos."""
+"""Committed chunks -> batches of tensors: rounds are read ahead."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from vkd import planning, schema
+from vkd.batches import FrameBatches, Loaded
 from vkd.errors import LabelsMissing
-from vkd.planning import FRAMES_ALIAS, Plan
-from vkd.recipes.base import Batch
+from vkd.planning import Plan
+from vkd.recipes.base import Batch, Batches
 from vkd.rounds import Chunk, Round, Row, batches_of_round, rank_slice
 from vkd.run import Run
-from vkd.stages import clip_of, decode_or_reject
-from vkd.store.encodings import decode
-from vkd.store.labelset import LabelSet, LabelSetSpec, Reject
-from vkd.transfer import pinned
+from vkd.store.labelset import LabelSet, LabelSetSpec
 from vkd.window import Awaited
 
 READ_AHEAD_BATCHES = 8  # refilled in bursts of half: makers that work side by side disturb the trainer's threads less
@@ -58,26 +55,15 @@ class _Pending(NamedTuple):
     last: bool
     num_mine: int
     batch: Future[Batch]
-    reads: Collection[Future[_Loaded]]
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """One chunk in memory: each label set's table, which rows every set has labelled, their classes and numbers."""
-
-    tables: Mapping[str, pa.Table]
-    usable: np.ndarray
-    classes: np.ndarray
-    numbers: np.ndarray
-    examples: pa.Table
+    reads: Collection[Future[Loaded]]
 
 
 @dataclass
 class Feeder:
     """Feeds one rank of a run from its label sets; `split` says which examples.
 
-    `wait_s` is how long the consumer waited for batches; `unreadable` counts clips that were labelled once and no longer decode,
-    `left_out` those and what not every set has labelled. `beat` is called while waiting, and for each batch.
+    `wait_s` is how long the consumer waited for batches; `left_out` counts what is unreadable and what not every set has labelled.
+    `beat` is called while waiting, and for each batch.
     """
 
     run: Run
@@ -87,7 +73,6 @@ class Feeder:
     rank: int = 0
     world_size: int = 1
     wait_s: float = 0.0
-    unreadable: int = 0
     left_out: int = 0
     beat: Callable[[], None] = lambda: None
     rows: list[list[int]] = field(init=False)
@@ -95,9 +80,20 @@ class Feeder:
     def __post_init__(self) -> None:
         self.rows = self.plan.rows(self.split)
         self.classes = self.plan.classes()
-        self.sampling = planning.student_sampling(self.run)
-        self.decoding = planning.decoding(self.run, [self.sampling]).share(self.world_size * NUM_THREADS)
-        self.tensors = {(alias, name): t for alias, s in self.sets.items() for name, t in s.spec.tensors.items()}
+        self.batches = self._new_batches()
+
+    def _new_batches(self) -> Batches:
+        run, sampling = self.run, planning.student_sampling(self.run)
+        if sampling is None:
+            return run.recipe.batches(self.plan, run.labels.store, run.train.seed)
+        tensors = {(alias, name): t for alias, s in self.sets.items() for name, t in s.spec.tensors.items()}
+        decoding = planning.decoding(run, [sampling]).share(self.world_size * NUM_THREADS)
+        return FrameBatches(tensors, run.data.views, sampling, decoding)
+
+    @property
+    def unreadable(self) -> int:
+        """Clips that were labelled once and could not be read now."""
+        return self.batches.unreadable
 
     @property
     def sizes(self) -> list[int]:
@@ -119,7 +115,7 @@ class Feeder:
                 for number, batch in enumerate(batches[first:], first):
                     mine = rank_slice(batch, self.rank, self.world_size)
                     reads = chunks.values() if number == first and self.world_size > 1 else ()
-                    made = makers.submit(self._batch, mine, chunks, round_.epoch % self.run.data.views.count)
+                    made = makers.submit(self._batch, mine, chunks, round_.epoch)
                     pending.append(_Pending(round_, len(batch), number == len(batches) - 1, len(mine), made, reads))
                     if len(pending) == READ_AHEAD_BATCHES:
                         while len(pending) > READ_AHEAD_BATCHES // 2:
@@ -156,9 +152,9 @@ class Feeder:
             for label_set in awaited:
                 label_set.stopped.set()
 
-    def _read_ahead(self, rounds: Sequence[Round], pool: ThreadPoolExecutor) -> Iterator[tuple[Round, dict[int, Future[_Loaded]]]]:
+    def _read_ahead(self, rounds: Sequence[Round], pool: ThreadPoolExecutor) -> Iterator[tuple[Round, dict[int, Future[Loaded]]]]:
         """Each round with its chunks being read, one round ahead of the one that is asked for."""
-        reading: deque[tuple[Round, dict[int, Future[_Loaded]]]] = deque()
+        reading: deque[tuple[Round, dict[int, Future[Loaded]]]] = deque()
         for round_ in rounds:
             view = self.run.stored_view(round_.epoch)
             reading.append((round_, {i: pool.submit(self._load, i, view) for i in round_.chunks}))
@@ -166,7 +162,7 @@ class Feeder:
                 yield reading.popleft()
         yield from reading
 
-    def _load(self, position: int, view: int) -> _Loaded:
+    def _load(self, position: int, view: int) -> Loaded:
         chunk = self.plan.chunks[position]
         tables = {alias: label_set.read(view, chunk).combine_chunks() for alias, label_set in self.sets.items()}
         examples = self.plan.examples(chunk)
@@ -174,53 +170,15 @@ class Feeder:
         for table in tables.values():
             usable &= np.array([status == schema.LABELLED for status in table[schema.STATUS].to_pylist()])
         numbers = position * self.plan.chunk_size + np.arange(examples.num_rows)
-        return _Loaded(tables, usable, planning.label_numbers(examples, self.classes), numbers, examples)
+        return Loaded(tables, usable, planning.label_numbers(examples, self.classes), numbers, examples)
 
-    def _batch(self, rows: Sequence[Row], chunks: Mapping[int, Future[_Loaded]], view: int) -> Batch:
-        """Tensors of the usable rows; one masked row of weight 0 when there are none, so that every rank runs every step."""
+    def _batch(self, rows: Sequence[Row], chunks: Mapping[int, Future[Loaded]], epoch: int) -> Batch:
+        """Tensors of the usable rows."""
         by_chunk: dict[int, list[int]] = {}
         for row in rows:
             if chunks[row.chunk].result().usable[row.row]:
                 by_chunk.setdefault(row.chunk, []).append(row.row)
-        parts = [self._columns(chunks[chunk].result(), np.array(inside), view) for chunk, inside in by_chunk.items()]
-        parts = [part for part in parts if len(part[schema.WEIGHT])]
-        if not parts:
-            parts = [self._masked_row()]
-        return {name: pinned(torch.from_numpy(np.concatenate([part[name] for part in parts]))) for name in parts[0]}
-
-    def _columns(self, chunk: _Loaded, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
-        if FRAMES_ALIAS in chunk.tables:
-            frames = np.asarray(decode(chunk.tables[FRAMES_ALIAS], FRAMES_ALIAS, rows))
-        else:
-            rows, frames = self._decode_videos(chunk.examples, rows, view)
-        columns = {schema.FRAMES: frames, schema.LABEL: chunk.classes[rows], schema.EXAMPLE: chunk.numbers[rows]}
-        columns[schema.WEIGHT] = np.ones(len(rows), np.float32)
-        for alias, name in self.tensors:
-            if alias != FRAMES_ALIAS:
-                columns[f"{alias}.{name}"] = np.array(decode(chunk.tables[alias], name, rows))
-        return columns
-
-    def _decode_videos(self, examples: pa.Table, rows: np.ndarray, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """Frames decoded now; a video that no longer decodes is counted and left out."""
-        found, frames = [], []
-        clips = [clip_of(example, self.run.data.views, view) for example in examples.take(rows).to_pylist()]
-        for row, decoded in zip(rows.tolist(), decode_or_reject(clips, self.decoding), strict=True):
-            if isinstance(decoded, Reject):
-                self.unreadable += 1
-                continue
-            frames += decoded
-            found.append(row)
-        shape = (0, self.sampling.num_frames, self.sampling.size_px, self.sampling.size_px, 3)
-        return np.array(found, np.int64), np.stack(frames) if frames else np.zeros(shape, np.uint8)
-
-    def _masked_row(self) -> dict[str, np.ndarray]:
-        shape = (1, self.sampling.num_frames, self.sampling.size_px, self.sampling.size_px, 3)
-        columns: dict[str, np.ndarray] = {schema.FRAMES: np.zeros(shape, np.uint8), schema.WEIGHT: np.zeros(1, np.float32)}
-        columns |= {name: np.full(1, -1) for name in (schema.LABEL, schema.EXAMPLE)}
-        for (alias, name), tensor in self.tensors.items():
-            if alias != FRAMES_ALIAS:
-                columns[f"{alias}.{name}"] = np.zeros((1, *tensor.row_shape), np.float32)
-        return columns
+        return self.batches([(chunks[chunk].result(), np.array(inside)) for chunk, inside in by_chunk.items()], epoch)
 
 
 def open_sets(run: Run, plan: Plan) -> tuple[Plan, dict[str, LabelSet]]:

@@ -139,20 +139,23 @@ def _refuse_early(run: Run, plan: Plan, teachers: Mapping[str, Teacher]) -> None
         raise ManifestError(f"no usable video{why}", where=run.data.manifest, action="mend the source, or name another one")
     first = plan.examples(plan.chunks[0])
     try:
-        run.data.access.resolve(first[URI][0].as_py())
+        if URI in first.column_names:
+            run.data.access.resolve(first[URI][0].as_py())
     except VideoError as error:
         if error.kind == "not_allowed":
             raise ConfigError(error.what, where=error.where, action="add its folder to data.allow") from error
     assign_splits(first, run.data.split)
     for alias, teacher in teachers.items():
         planning.require_columns(plan, planning.columns_for([teacher]), f"recipe.{alias}")
-    run.recipe.distiller({alias: teacher.emits for alias, teacher in teachers.items()}, len(plan.classes()))
+    if run.recipe.trains:
+        run.recipe.distiller({alias: teacher.emits for alias, teacher in teachers.items()}, len(plan.classes()))
 
 
 def _job(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec], teachers: Mapping[str, Teacher], items: Sequence[Item]) -> Job:
-    wanted = {alias: teacher.sampling for alias, teacher in teachers.items()}
+    looked_at = {alias: teacher.sampling for alias, teacher in teachers.items()}
     if FRAMES_ALIAS in specs:
-        wanted[FRAMES_ALIAS] = planning.student_sampling(run)
+        looked_at[FRAMES_ALIAS] = planning.student_sampling(run)
+    wanted = {alias: sampling for alias, sampling in looked_at.items() if sampling is not None}
     samplings = list(dict.fromkeys(wanted.values()))
     column = {alias: f"{FRAMES}.{samplings.index(sampling)}" for alias, sampling in wanted.items()}
     views = ViewPolicy(**run.data.views.policy())

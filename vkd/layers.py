@@ -80,7 +80,7 @@ class EncoderBlock(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation [b c ...] over the rows of weight > 0 of all ranks, on any backend, in float32.
+    """Batch normalisation [b c ...] over the rows of weight > 0 of all ranks, on any backend, in float32 or float64.
 
     What torch's BatchNorm does with the whole batch, running statistics included; a rank may have no row. All ranks must call
     it, and differentiate what it gives, the same number of times. Of a batch without rows nothing is learned.
@@ -99,7 +99,7 @@ class BatchNorm(nn.Module):
     def forward(self, x: Float[Tensor, "b c *size"], weight: Float[Tensor, " b"]) -> Float[Tensor, "b c *size"]:
         with torch.autocast(x.device.type, enabled=False):
             present = (weight > 0).reshape(-1, *[1] * (x.ndim - 1))
-            rows = torch.where(present, x.float(), 0)  # what masked rows hold may be NaN
+            rows = torch.where(present, x if x.dtype == torch.float64 else x.float(), 0)  # what masked rows hold may be NaN
             if not self.training:
                 return F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
             over, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))

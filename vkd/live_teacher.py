@@ -102,7 +102,9 @@ def refuse_offline(what: str, live: bool) -> None:
         raise ConfigError(told, where=f"recipe.{what}", action="set recipe.live: true")
 
 
-def _check_frames(teacher: Sampling, student: Sampling) -> None:
+def _check_frames(teacher: Sampling | None, student: Sampling) -> None:
+    if teacher is None:
+        raise ConfigError("the teacher reads no frames, and so gives no maps", where="recipe.live", action="set recipe.live=false")
     differ = [name for name in Sampling.model_fields if getattr(teacher, name) != getattr(student, name)]
     if differ:
         asked = ", ".join(f"{name} {getattr(teacher, name)} (the student: {getattr(student, name)})" for name in differ)

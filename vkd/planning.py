@@ -110,8 +110,13 @@ def text_columns(examples: pa.Table, names: Iterable[str]) -> Columns:
     return {name: np.array(["" if v is None else str(v) for v in examples[name].to_pylist()], np.str_) for name in names}
 
 
-def student_sampling(run: Run) -> Sampling:
-    """How the run's student looks at a view."""
+def student_sampling(run: Run) -> Sampling | None:
+    """How the run's student looks at a view; None when it reads no frames, or nothing is trained."""
+    if not run.recipe.trains:
+        return None
+    if FRAMES not in getattr(models.find(run.recipe.student, STUDENTS, "student"), "needs", (FRAMES,)):
+        models.build(run.recipe.student, STUDENTS, "student")
+        return None
     sampling: Sampling = models.build(run.recipe.student, STUDENTS, "student", heads={}).sampling
     return sampling
 
@@ -144,7 +149,10 @@ def label_specs(run: Run, teachers: Mapping[str, Teacher]) -> dict[str, LabelSet
             raise ConfigError(f"no teacher emits {name!r}", where=f"labels.encodings.{name}", action=action)
     specs = {alias: teacher_spec(run, alias, teacher) for alias, teacher in teachers.items()}
     if run.kept_frames != "none":
-        specs[FRAMES_ALIAS] = frames_spec(run, student_sampling(run))
+        sampling = student_sampling(run)
+        if sampling is None:
+            raise ConfigError("the student reads no frames", where="data.keep_frames", action="set it to none")
+        specs[FRAMES_ALIAS] = frames_spec(run, sampling)
     return specs
 
 
@@ -161,10 +169,10 @@ def label_numbers(examples: pa.Table, classes: Sequence[str], column: str = sche
     return np.array([number.get(name, -1) for name in examples[column].to_pylist()], np.int64)
 
 
-def _input_fields(run: Run, sampling: Sampling) -> dict[str, Any]:
+def _input_fields(run: Run, sampling: Sampling | None) -> dict[str, Any]:
     data = {
         "views": run.data.views.policy(),
         "clips": run.data.clips.model_dump(mode="json"),
         "chunk_size": Manifest.load(run.data.manifest).chunk_size,  # else two manifests of the same rows would share chunk names
     }
-    return {"sampling": sampling.model_dump(mode="json"), "data": data}
+    return {"sampling": sampling and sampling.model_dump(mode="json"), "data": data}

@@ -50,7 +50,7 @@ class Job:
     store: str
     teachers: Mapping[str, ModelSpec]
     specs: Mapping[str, LabelSetSpec]
-    column: Mapping[str, str]  # label set -> the column that holds its frames
+    column: Mapping[str, str]  # label set -> the column that holds its frames, if its teacher reads any
     items: Sequence[Item]
     num_views: int = 1  # item.view k shows what view k mod num_views shows
     link: Link | None = None  # to training, when that waits for what is committed
@@ -58,7 +58,7 @@ class Job:
 
 
 def decode(job: Job, batch: Columns) -> Columns:
-    """Decode one chunk once for all samplings; a video that cannot be used becomes rejected rows."""
+    """Decode one chunk once for all samplings; a video that cannot be used becomes rejected rows. Without samplings nothing is decoded."""
     (number,) = batch[ITEM].tolist()
     item = job.items[number]
     if job.link is not None:
@@ -69,7 +69,7 @@ def decode(job: Job, batch: Columns) -> Columns:
     planned = job.plan.examples(item.chunk)
     if not lacks:  # another driver was faster: one row tells the next stages so
         planned = planned.slice(0, 1)
-    examples = planned.select(wanted).to_pylist()
+    examples = planned.select([name for name in wanted if name in planned.column_names]).to_pylist()
     ids = [example[schema.EXAMPLE_ID] for example in examples]
     before_s = guard.here(job.decoding).cpu_s
     columns, rejects = _decoded(job, item, examples if lacks else [])
@@ -108,7 +108,8 @@ def _decoded(job: Job, item: Item, examples: Sequence[Mapping[str, Any]]) -> tup
     gone = forgotten.noted(job.store)  # asked for each chunk: takedowns need not wait for the end of a long labelling
     rejects = {row: forgotten.REJECT for row in redone if examples[row][schema.VIDEO_ID] in gone}
     rejects |= {row: KEPT for row in range(len(examples)) if row not in redone}
-    clips = {row: clip_of(example, job.views, item.view % job.num_views) for row, example in enumerate(examples) if row not in rejects}
+    wanted = [row for row in range(len(examples)) if row not in rejects and job.decoding.samplings]
+    clips = {row: clip_of(examples[row], job.views, item.view % job.num_views) for row in wanted}
     for row, decoded in zip(clips, decode_or_reject(list(clips.values()), job.decoding), strict=True):
         if isinstance(decoded, Reject):
             rejects[row] = decoded

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -58,11 +59,16 @@ class Teach:
         if self.alias in stats["lacks"]:
             started_s, clock_s = time.process_time(), time.monotonic()
             ids = self.job.plan.examples(item.chunk)[schema.EXAMPLE_ID].to_pylist()
-            frames = batch[self.job.column[self.alias]]
-            given = {FRAMES: frames} | {name: batch[carried(name)] for name in planning.columns_for([self.teacher])}
-            labels, rejects = self._labels(given, rejects, item.chunk)
-            good = np.array([row for row in range(len(frames)) if row not in rejects], np.int64)
-            told = self._describe(frames[good], {name: rows[good] for name, rows in labels.items()})
+            given = {name: batch[carried(name)] for name in planning.columns_for([self.teacher])}
+            if self.alias in self.job.column:
+                given[FRAMES] = batch[self.job.column[self.alias]]
+            labels, rejects = self._labels(given, rejects, item.chunk, len(ids))
+            good = [row for row in range(len(ids)) if row not in rejects]
+            told = (
+                self._describe(self._inputs(given, ids, good), {name: [rows[row] for row in good] for name, rows in labels.items()})
+                if good
+                else {}
+            )
             commit(self.job, self.set, item, ChunkRows(ids, rejects, labels))
             stats["teach_s"][self.alias] = time.process_time() - started_s
             stats["busy_s"][self.alias] = time.monotonic() - clock_s
@@ -74,22 +80,33 @@ class Teach:
         stats["elsewhere"] = 0 if stats["lacks"] else self.job.plan.examples(item.chunk).num_rows
         return {STATS: np.array([json.dumps(stats)])}
 
-    def _labels(self, given: Columns, rejects: Mapping[int, Reject], chunk: Chunk) -> tuple[Columns, dict[int, Reject]]:
+    def _labels(
+        self, given: Columns, rejects: Mapping[int, Reject], chunk: Chunk, num_rows: int
+    ) -> tuple[dict[str, list[np.ndarray]], dict[int, Reject]]:
         """Labels of all rows (zeros where rejected), checked against the contract; rows that raise or are not finite are rejected."""
-        num_rows = len(given[FRAMES])
-        labels = {name: np.zeros((num_rows, *tensor.row_shape), tensor.dtype) for name, tensor in self.spec.tensors.items()}
+        labels = {name: [np.zeros(_shape(tensor, 0), tensor.dtype)] * num_rows for name, tensor in self.spec.tensors.items()}
         found = dict(rejects)
         good = [row for row in range(num_rows) if row not in rejects]
         for rows, answered in self._asked(given, good, found, chunk):
             for name, tensor in self.spec.tensors.items():
-                if answered[name].shape != (len(rows), *tensor.row_shape):
-                    raise TeacherError(
-                        f"{name} has shape {answered[name].shape}, not {tensor.row_shape} a row", where=self.alias, action="mend emits"
-                    )
-                labels[name][rows] = answered[name]
-                finite = np.isfinite(answered[name].reshape(len(rows), -1)).all(axis=1)
-                found |= {rows[i]: Reject("teach", "not_finite", f"{name} is not finite", True, 1) for i in np.flatnonzero(~finite)}
+                self._check_shapes(name, tensor, answered[name], len(rows))
+                for row, answer in zip(rows, answered[name], strict=True):
+                    labels[name][row] = answer
+                    if not np.isfinite(answer).all():
+                        found[row] = Reject("teach", "not_finite", f"{name} is not finite", True, 1)
         return labels, found
+
+    def _check_shapes(self, name: str, tensor: TensorType, answered: Sequence[np.ndarray] | np.ndarray, num_rows: int) -> None:
+        shapes = {np.shape(answer) for answer in answered}
+        if len(answered) != num_rows or any(shape != _shape(tensor, *shape[:1]) for shape in shapes):
+            what = f"{name} has {len(answered)} rows of {sorted(map(str, shapes))}, not {num_rows} of {tensor.shape}"
+            raise TeacherError(what, where=self.alias, action="mend emits")
+
+    def _inputs(self, given: Columns, ids: Sequence[str], rows: Sequence[int]) -> np.ndarray:
+        """uint8 [n, d]: what tells alike examples from others; those without frames are all others."""
+        if FRAMES in given:
+            return thumbnails(given[FRAMES][np.array(rows, np.int64)])
+        return np.array([np.frombuffer(hashlib.sha256(ids[row].encode()).digest(), np.uint8) for row in rows])
 
     def _asked(self, given: Columns, rows: list[int], rejects: dict[int, Reject], chunk: Chunk) -> list[tuple[list[int], Columns]]:
         """Answers for all rows at once, or, when the teacher raises, for each alone; one at which it raises again is rejected.
@@ -119,18 +136,16 @@ class Teach:
             raise TeacherError(f"gives no {lacking[0]!r}, which it says it emits", where=self.alias, action="mend emits")
         return {name: answered[name] for name in self.spec.tensors}
 
-    def _describe(self, frames: np.ndarray, labels: Columns) -> dict[str, dict[str, Statistics]]:
+    def _describe(self, seen: np.ndarray, labels: Mapping[str, Sequence[np.ndarray]]) -> dict[str, dict[str, Statistics]]:
         """Fidelity and statistics of labelled rows. Raises TeacherError when the first clips show that labels say nothing of clips."""
-        if not len(frames):
-            return {}
-        seen = thumbnails(frames)
-        self.first_clips.add(seen, labels)
+        flat = {name: _flat(labels[name], tensor) for name, tensor in self.spec.tensors.items()}
+        self.first_clips.add(seen, flat)
         inputs = [row.tobytes() for row in seen]
         fidelities, statistics = {}, {}
         for name, tensor in self.spec.tensors.items():
-            fidelities[f"{self.alias}.{name}"] = fidelity(labels[name], tensor, self.spec.encodings[name])
-            flat = labels[name].reshape(len(frames), -1)
-            statistics[f"{self.alias}.{name}"] = label_statistics(flat, inputs, logits=name == LOGITS)
+            rows = labels[name] if tensor.ragged else np.stack(labels[name])
+            fidelities[f"{self.alias}.{name}"] = fidelity(rows, tensor, self.spec.encodings[name])
+            statistics[f"{self.alias}.{name}"] = label_statistics(flat[name], inputs, logits=name == LOGITS)
         return {"fidelity": fidelities, "statistics": statistics}
 
 
@@ -144,7 +159,7 @@ class _FirstClips:
         names = [name for name, tensor in tensors.items() if tensor.dtype.startswith("float") and np.prod(tensor.row_shape) > 1]
         self.labels = {name: Spread() for name in names}
 
-    def add(self, seen: np.ndarray, labels: Columns) -> None:
+    def add(self, seen: np.ndarray, labels: Mapping[str, np.ndarray]) -> None:
         """Raises TeacherError, which names the label, when labels hardly differ though clips do."""
         if self.judged:
             return
@@ -152,7 +167,7 @@ class _FirstClips:
         self.seen |= {row.tobytes() for row in seen}
         self.inputs.add(seen[new])
         for name, spread in self.labels.items():
-            spread.add(labels[name].reshape(len(seen), -1)[new])
+            spread.add(labels[name][new])
         if len(self.seen) < MIN_CLIPS or self.inputs.rms < MIN_PIXEL_RMS:
             return
         self.judged = True
@@ -161,6 +176,16 @@ class _FirstClips:
                 what = f"{name} is the same for {len(self.seen)} clips that look different (relative spread {spread.relative:.1g})"
                 action = "check its weights and its preprocessing; a teacher must tell clips apart"
                 raise TeacherError(what, where=self.alias, action=action)
+
+
+def _shape(tensor: TensorType, length: int = 0) -> tuple[int, ...]:
+    """The shape of one row, `length` long if that may vary."""
+    return (length, *tensor.row_shape) if tensor.ragged else tensor.row_shape
+
+
+def _flat(rows: Sequence[np.ndarray], tensor: TensorType) -> np.ndarray:
+    """[n, d]: a row each, of a ragged one its mean."""
+    return np.stack([row.mean(axis=0).ravel() if tensor.ragged else row.ravel() for row in rows])
 
 
 def thumbnails(frames: np.ndarray) -> np.ndarray:

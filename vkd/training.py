@@ -216,7 +216,7 @@ def new_loop(run: Run, plan: Plan, specs: Mapping[str, LabelSetSpec]) -> Loop:
 
 def _export(run: Run, loop: Loop, label_sets: Collection[str], position: Position, folder: str) -> None:
     trained = {"step": position.step, "num_examples": position.num_examples}
-    extra = {"trained": trained, "label_sets": sorted(label_sets)}
+    extra = {"trained": trained, "label_sets": sorted(label_sets), **run.recipe.provenance(Plan.of(run))}
     checkpoint.export(loop.distiller.student, run.recipe.student, folder, extra)
 
 

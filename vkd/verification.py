@@ -182,10 +182,13 @@ def _label_again(run: Run, plan: Plan, teacher: Teacher, label_set: LabelSet, nu
         if table[schema.STATUS][row].as_py() == schema.REJECTED:
             continue
         (example,) = planned.slice(row, 1).to_pylist()
-        (frames,) = stages.decode_or_reject([stages.clip_of(example, run.data.views, 0)], planning.decoding(run, [teacher.sampling]))
-        if isinstance(frames, Reject):
-            continue
-        answered = teacher({schema.FRAMES: frames[0][None]} | planning.text_columns(planned.slice(row, 1), columns))
+        given = planning.text_columns(planned.slice(row, 1), columns)
+        if teacher.sampling is not None:
+            (frames,) = stages.decode_or_reject([stages.clip_of(example, run.data.views, 0)], planning.decoding(run, [teacher.sampling]))
+            if isinstance(frames, Reject):
+                continue
+            given[schema.FRAMES] = frames[0][None]
+        answered = teacher(given)
         for name in teacher.emits:
             stored = np.asarray(decode(table, name, np.array([row]))[0])
             agreement = cosine(_comparable(answered[name][0], label_set, name), stored.ravel())

@@ -2,5 +2,6 @@
 
 RECIPES = {
     "kd": "vkd.recipes.kd:KD",
+    "label": "vkd.recipes.label:Label",
     "substage": "vkd.recipes.substage:Substage",
 }

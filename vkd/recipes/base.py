@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -13,12 +13,24 @@ from torch import Tensor, nn
 from vkd.models import ModelSpec
 from vkd.refinement import Refinement
 from vkd.schema import TensorType
-from vkd.students.base import Student
+
+if TYPE_CHECKING:
+    from vkd.batches import Part
+    from vkd.planning import Plan
 
 # "frames" uint8 [b, t, s, s, 3], "<alias>.<label>" float32, "label" and "example" int64 (-1: none), "weight" float32 [b]
 Batch = dict[str, Tensor]
 Losses = dict[str, tuple[Tensor, Tensor]]  # name -> (weighted sum over the rows, count of rows that it counts)
 Emits = Mapping[str, Mapping[str, TensorType]]  # teacher alias -> what it emits
+
+
+class Batches(Protocol):
+    """Makes the batch of some rows, in several threads at once; `unreadable` counts rows whose input could not be read."""
+
+    unreadable: int
+
+    def __call__(self, parts: Sequence[Part], epoch: int) -> Batch:
+        """Tensors of all rows, of which "weight" has one each; one masked row of weight 0 when there are none."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Distiller(nn.Module, ABC):
     well. `said`: after `forward`, what the student says of each row [b, num_classes], if labels are refined by it.
     """
 
-    student: Student
+    student: nn.Module
     said: Tensor | None = None
     unpaired: Collection[str] = ()
 
@@ -78,6 +90,7 @@ class Recipe(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     student: ModelSpec
+    trains: ClassVar[bool] = True  # else labels are made, and that is all
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -93,6 +106,18 @@ class Recipe(BaseModel, ABC):
     def refinement(self) -> Refinement | None:
         """How labels are refined between epochs; None when they are not."""
         return None
+
+    def batches(self, plan: Plan, store: str, seed: int) -> Batches:
+        """What makes batches for a student that reads no frames; `store` has the label sets that examples name."""
+        raise NotImplementedError
+
+    def evaluate(self, student: nn.Module, held_out: Iterable[Batch]) -> Mapping[str, float]:
+        """What a student that reads no frames knows of held-out examples."""
+        raise NotImplementedError
+
+    def provenance(self, plan: Plan) -> Mapping[str, str]:
+        """What an exported student says of the examples that it learned from."""
+        return {}
 
     @property
     @abstractmethod

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import overload
+from typing import ClassVar, NamedTuple, overload
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from vkd.clips import Sampling
+from vkd.schema import FRAMES
 from vkd.stage_maps import no_map, stage_maps
 
 FEATURES = "features"
@@ -25,6 +26,7 @@ class Student(nn.Module, ABC):
     `substages` names the parts, in order, where its stages end; the mean of the last one's map is `features`.
     """
 
+    needs: ClassVar[tuple[str, ...]] = (FRAMES,)
     substages: tuple[str, ...] = ()
 
     def __init__(self, sampling: Sampling, num_features: int, heads: Mapping[str, int]) -> None:
@@ -80,6 +82,42 @@ class Student(nn.Module, ABC):
         if output.ndim != 5:
             raise no_map(output)
         return output
+
+
+class Comparison(NamedTuple):
+    """Similarity of each pair, and the comparator's map that it comes from, before it was clipped to [-1, 1], if there is one."""
+
+    similarity: Float[Tensor, " b"]
+    cells: Float[Tensor, "b i j"] | None
+    mask: Bool[Tensor, "b i j"] | None
+
+
+class SimilarityStudent(nn.Module, ABC):
+    """Says how alike two videos are, from their region features: what `index` gives of each is all that it needs of a video.
+
+    `unit`: its scores are on [0, 1], else on [-1, 1].
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    unit: ClassVar[bool]
+
+    @abstractmethod
+    def index(self, regions: Float[Tensor, "b t r d"], mask: Bool[Tensor, "b t"] | None = None) -> Float[Tensor, "b ..."]:
+        """What is stored of each video."""
+
+    @abstractmethod
+    def compare_pairs(
+        self,
+        queries: Float[Tensor, "#b ..."],
+        targets: Float[Tensor, "b ..."],
+        query_mask: Bool[Tensor, "#b n"] | None = None,
+        target_mask: Bool[Tensor, "b m"] | None = None,
+    ) -> Comparison:
+        """Of indexed videos, pair by pair, as it is trained: padded where masks are false. One query is compared with each target."""
+
+    @abstractmethod
+    def pair(self, query: Float[Tensor, ...], target: Float[Tensor, ...]) -> Float[Tensor, ""]:
+        """The score of two indexed videos, without padding, as it is used."""
 
 
 def normalise(frames: UInt8[Tensor, "b t s s 3"]) -> Float[Tensor, "b t 3 s s"]:

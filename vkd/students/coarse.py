@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vkd.similarity_layers import Attention, NetVLAD, check_regions, load_renamed
+from vkd.students.base import Comparison, SimilarityStudent
 
 
 class Size(NamedTuple):
@@ -24,11 +25,13 @@ class Size(NamedTuple):
 SIZES = {"small": Size(4, 256, 8, 128), "paper": Size(8, 2048, 64, 1024)}
 
 
-class CoarseStudent(nn.Module):
+class CoarseStudent(SimilarityStudent):
     """Attention over regions, their sum, one transformer layer over frames without positions, NetVLAD: blind to the order of frames.
 
     37,038,592 parameters at 512 dimensions, size paper. Unlike the fine students, padding does not change what it gives.
     """
+
+    unit = True
 
     def __init__(self, num_dims: int = 512, size: Literal["small", "paper"] = "paper") -> None:
         super().__init__()
@@ -50,6 +53,18 @@ class CoarseStudent(nn.Module):
         ignored = None if mask is None else ~mask & mask.any(1, keepdim=True)
         frames = self.transformer(frames, src_key_padding_mask=ignored)
         return F.normalize(self.netvlad(frames, mask), dim=1)
+
+    def compare_pairs(
+        self,
+        queries: Float[Tensor, "#b o"],
+        targets: Float[Tensor, "b o"],
+        query_mask: Bool[Tensor, "#b n"] | None = None,
+        target_mask: Bool[Tensor, "b m"] | None = None,
+    ) -> Comparison:
+        return Comparison((queries * targets).sum(1), None, None)
+
+    def pair(self, query: Float[Tensor, " o"], target: Float[Tensor, " o"]) -> Float[Tensor, ""]:
+        return query @ target
 
 
 def load_reference(state_dict: Mapping[str, Tensor], **architecture: Any) -> CoarseStudent:

@@ -7,7 +7,7 @@ query is found in the target, so swapping them changes it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,26 +26,21 @@ from vkd.similarity_layers import (
     load_renamed,
     pair_mask,
 )
+from vkd.students.base import Comparison, SimilarityStudent
 
 CHANNELS = {"small": (8, 16, 32), "paper": (32, 64, 128)}  # of the comparator
 CHUNK_FRAMES = 2048  # of a target, when scored exactly as the reference does
 Size = Literal["small", "paper"]
 
 
-class Comparison(NamedTuple):
-    """Similarity of each pair in [-1, 1], and the comparator's map that it comes from, before it was clipped to that range."""
-
-    similarity: Float[Tensor, " b"]
-    cells: Float[Tensor, "b i j"]
-    mask: Bool[Tensor, "b i j"] | None
-
-
-class Visil(nn.Module):
+class Visil(SimilarityStudent):
     """Encoded regions -> frame-to-frame similarity -> comparator -> hard tanh -> Chamfer similarity over time.
 
     Two ways to score give different numbers: `exact`, unpadded, is how the reference evaluates; `padded`, with masks, is how it
     trains. They agree when no length leaves a remainder modulo 4 (see `Comparator`).
     """
+
+    unit = False
 
     def __init__(self, encode: nn.Module, comparator: Comparator, *, num_bits: int = 1, symmetric: bool = False) -> None:
         super().__init__()
@@ -67,6 +62,18 @@ class Visil(nn.Module):
         cells, mask = self.comparator(frames if mask is None else frames.masked_fill(~mask, 0), mask)
         return Comparison(chamfer(F.hardtanh(cells), mask, symmetric=self.symmetric), cells, mask)
 
+    def compare_pairs(
+        self,
+        queries: Float[Tensor, "#b n r k"],
+        targets: Float[Tensor, "b m r k"],
+        query_mask: Bool[Tensor, "#b n"] | None = None,
+        target_mask: Bool[Tensor, "b m"] | None = None,
+    ) -> Comparison:
+        check_regions(queries, query_mask)
+        check_regions(targets, target_mask)
+        mask = None if query_mask is None or target_mask is None else pair_mask(query_mask, target_mask)
+        return self.compare(self.frames(queries, targets), mask)
+
     def padded(
         self,
         queries: Float[Tensor, "a n r k"],
@@ -75,13 +82,14 @@ class Visil(nn.Module):
         target_mask: Bool[Tensor, "b m"],
     ) -> Float[Tensor, "a b"]:
         """Scores of all pairs of indexed videos."""
-        check_regions(queries, query_mask)
-        check_regions(targets, target_mask)
-        rows = []
-        for query, real in zip(queries, query_mask, strict=True):
-            mask = pair_mask(real[None], target_mask)
-            rows.append(self.compare(self.frames(query[None], targets), mask).similarity)
+        rows = [
+            self.compare_pairs(query[None], targets, real[None], target_mask).similarity
+            for query, real in zip(queries, query_mask, strict=True)
+        ]
         return torch.stack(rows)
+
+    def pair(self, query: Float[Tensor, "n r k"], target: Float[Tensor, "m r k"]) -> Float[Tensor, ""]:
+        return self.exact(query, target)
 
     def exact(self, query: Float[Tensor, "n r k"], target: Float[Tensor, "m r k"]) -> Float[Tensor, ""]:
         """Score of one pair of indexed videos of at least 4 frames, without padding; of longer targets the mean over 2048-frame parts."""

@@ -27,7 +27,7 @@ class Teacher(ABC):
     """
 
     version: ClassVar[int]
-    sampling: Sampling
+    sampling: Sampling | None  # None: it reads no frames, and nothing is decoded for it
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -54,7 +54,10 @@ class Teacher(ABC):
 
     @abstractmethod
     def __call__(self, batch: Columns) -> Columns:
-        """The batch with labels (float32, one row per clip) added, of a batch with `frames` uint8 [B, T, S, S, 3]. Only after `load`."""
+        """The batch with labels (float32, one row per clip) added, of a batch with what it needs. Only after `load`.
+
+        `frames` are uint8 [B, T, S, S, 3]; a ragged label is a list, or an array of arrays.
+        """
 
     @property
     def stage_names(self) -> Sequence[str]:
@@ -81,7 +84,7 @@ class Teacher(ABC):
     def probe_batch(self) -> Columns:
         """The built-in synthetic clip: one row of drifting colour waves, the same bytes on every machine; other columns are empty text."""
         empty = {name: np.array([""]) for name in self.needs}
-        return empty | {FRAMES: probe_frames(self.sampling)[None]}
+        return empty if self.sampling is None else empty | {FRAMES: probe_frames(self.sampling)[None]}
 
 
 class HalvingBatches:

@@ -28,6 +28,8 @@ class KDDistiller(Distiller):
     `weights` are those above 0; `frozen` is the teacher of losses between maps, and `substages` names the student's.
     """
 
+    student: Student
+
     def __init__(
         self,
         student: Student,
