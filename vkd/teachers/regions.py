@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vkd.clips import Sampling
 from vkd.efficientnet import packaged_weights
@@ -88,7 +89,8 @@ class RegionsTeacher(Teacher):
     def load(self, device: str) -> None:
         _ = self.emits  # a whitening that does not fit is told now
         whiten = None if self._whitening is None else Whiten(self._whitening)
-        self._network = RegionNetwork(BACKBONES[self.backbone], self._weights_path(), whiten).to(device)
+        network = RegionNetwork(BACKBONES[self.backbone], self._weights_path(), whiten)
+        self._network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         size = min(self.batch_size, CPU_BATCH_SIZE) if device == "cpu" else self.batch_size
         self._batches = HalvingBatches(size, device, self.precision)
 
