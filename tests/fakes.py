@@ -116,6 +116,30 @@ class Staged(TinyTeacher):
         return found
 
 
+class TinyRegions(TinyTeacher):
+    """Emits nine features of each frame: fixed random maps of its coarse colours, whitened if one says so."""
+
+    def __init__(self, whitening: str | None = None) -> None:
+        super().__init__()
+        self.whitening = whitening
+
+    @property
+    def emits(self) -> Mapping[str, TensorType]:
+        return {"regions": TensorType("float32", (None, 9, NUM_DIMS))}
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"whitening": self.whitening}
+
+    def labels(self, frames: np.ndarray) -> Columns:
+        num_rows, num_frames, size_px = frames.shape[:3]
+        cells = frames.reshape(num_rows, num_frames, GRID, size_px // GRID, GRID, size_px // GRID, 3).mean(axis=(3, 5))
+        regions = np.tanh(cells[:, :, :3, :3].reshape(num_rows, num_frames, 9, 3).astype(np.float32) / 64 @ self.matrix[:3, :NUM_DIMS])
+        ragged = np.empty(num_rows, object)
+        for row in range(num_rows):
+            ragged[row] = regions[row]
+        return {"regions": ragged}
+
+
 class NotFinite(TinyTeacher):
     """Answers its probe, and NaN for every clip but the first of a batch."""
 

@@ -87,6 +87,8 @@ def test_the_last_override_wins(tree: small.Tree) -> None:
         ("compute.teacher.gpu=1", "unknown key 'compute.teacher.gpu' -> did you mean 'gpus'?"),
         ("recipe.temprature=1", "unknown key 'recipe.temprature' -> did you mean 'temperature'?"),
         ("recipe.weights.cosin=1", "unknown key 'recipe.weights.cosin' -> did you mean 'cosine'?"),
+        ("probe={out: a, labels: b}", "unknown key 'probe.labels' -> did you mean 'label'?"),
+        ("whitening={out: a, dims: 0}", "whitening.dims: Input should be greater than or equal to 1, not 0"),
         ("train.zzz=1", "unknown key 'train.zzz' -> known there: epochs, batch_size"),
         # wrong types, ranges and choices
         ("train.epochs=many", "train.epochs: Input should be a valid integer"),

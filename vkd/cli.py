@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vkd import cli_jobs, cli_labels, cli_parts, cli_plan, cli_probe
+from vkd import cli_jobs, cli_labels, cli_parts, cli_plan, cli_probe, cli_whiten
 from vkd.cli_parts import Json, Overrides, RunFile
 from vkd.cli_plan import MaxCost, MaxHours, PriceFile
 from vkd.errors import ConfigError, StorageError, VkdError, redact
@@ -21,8 +21,8 @@ def _with_others(typed: typer.Typer) -> typer.Typer:
     typed.add_typer(cli_labels.app, name="labels")
     typed.add_typer(cli_jobs.app)
     typed.add_typer(cli_jobs.jobs, name="jobs")
-    typed.command()(cli_plan.plan)
-    typed.command()(cli_probe.probe)
+    for verb in (cli_plan.plan, cli_probe.probe, cli_whiten.whiten):
+        typed.command()(verb)
     return typed
 
 
@@ -165,8 +165,8 @@ def run_command(
     with cli_parts.screen(as_json, run, overrides) as screen:
         results: dict[str, Any] = {}
         for loaded in load(run, overrides or []):
-            if loaded.probe is not None:
-                results[loaded.name] = cli_probe.label_and_fit(loaded, loaded.probe, screen)
+            if loaded.probe is not None or loaded.whitening is not None:
+                results[loaded.name] = cli_probe.label_and_fit(loaded, screen)
                 continue
             with cli_plan.limits(loaded, max_hours, max_cost, prices):
                 labelled, trained, measured = pipeline.run_all(loaded, screen)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from vkd import cli_parts
+from vkd import cli_parts, cli_whiten
 from vkd.cli_parts import Json, Overrides, RunFile
 
 if TYPE_CHECKING:
@@ -34,14 +34,16 @@ def probe(
         cli_parts.finish(as_json, fitted(loaded, RunProbe(out=out, by=by, label=label), screen))
 
 
-def label_and_fit(run: Run, asked: RunProbe, screen: Screen) -> dict[str, Any]:
-    """All of a run that fits a probe: its labels, then the fit."""
+def label_and_fit(run: Run, screen: Screen) -> dict[str, Any]:
+    """All of a run that fits a probe or a whitening: its labels, then the fit."""
     from vkd import pipeline
 
     labelled = pipeline.label(run, screen)
     screen.close()
     screen.labels(labelled, run.store)
-    return {"label": cli_parts.label_json(labelled), "probe": fitted(run, asked, screen)}
+    told: dict[str, Any] = {"label": cli_parts.label_json(labelled)}
+    told |= {} if run.probe is None else {"probe": fitted(run, run.probe, screen)}
+    return told | ({} if run.whitening is None else {"whitening": cli_whiten.fitted(run, run.whitening, screen)})
 
 
 def fitted(run: Run, asked: RunProbe, screen: Screen) -> dict[str, Any]:

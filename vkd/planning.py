@@ -12,12 +12,12 @@ import pyarrow as pa
 
 from vkd import models, schema
 from vkd.clips import ClipPlan, Sampling, SplitPlan, assign_splits, plan_examples
-from vkd.errors import ConfigError
+from vkd.errors import ConfigError, LabelsMissing
 from vkd.manifest import Manifest
 from vkd.models import ModelSpec
 from vkd.rounds import Chunk, chunks_of
 from vkd.schema import FRAMES, Columns, TensorType
-from vkd.store.labelset import LabelSetSpec
+from vkd.store.labelset import LabelSet, LabelSetSpec
 from vkd.students import STUDENTS
 from vkd.teachers import TEACHERS
 from vkd.video.settings import Settings
@@ -103,6 +103,14 @@ def require_columns(plan: Plan, names: Iterable[str], where: str) -> None:
         if name not in there:
             what = f"the manifest lacks the column {name!r}; it has {', '.join(there)}"
             raise ConfigError(what, where=where, action="name one of these, or build the manifest from a table that has it")
+
+
+def require_labels(run: Run, plan: Plan, label_set: LabelSet) -> None:
+    """Raises LabelsMissing when nothing is stored, and when anything of the run's views lacks, unless `labels.allow_partial`."""
+    lacking = {chunk for view in range(run.data.views.count) for chunk in label_set.missing(view, plan.chunks)}
+    if len(lacking) == len(plan.chunks) or (lacking and not run.labels.allow_partial):
+        what = f"labels of {len(lacking)} of {len(plan.chunks)} chunks are missing"
+        raise LabelsMissing(what, where=label_set.uri, action="vkd label RUN, or set labels.allow_partial=true")
 
 
 def text_columns(examples: pa.Table, names: Iterable[str]) -> Columns:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vkd import planning, schema
-from vkd.errors import ConfigError, LabelsMissing
+from vkd.errors import ConfigError
 from vkd.metrics.probes import fit_linear
 from vkd.planning import Plan
 from vkd.run import Run
@@ -50,7 +50,7 @@ def fit(run: Run, out: str, by: str | None, label: str) -> ProbeReport:
     if run.labels.mode == "live":
         raise ConfigError("mode live keeps no labels", where="labels.mode", action="set it to tee, then vkd label RUN")
     plan, (alias, label_set) = Plan.of(run), _embeddings(run)
-    _require_whole(run, plan, label_set)
+    planning.require_labels(run, plan, label_set)
     planning.require_columns(plan, [label, *filter(None, [by])], run.data.manifest)
     classes = _classes(plan, label)
     rows = _read(plan, label_set, classes, label, by)
@@ -94,14 +94,6 @@ def _embeddings(run: Run) -> tuple[str, LabelSet]:
         action = "name a teacher that emits one vector a clip"
         raise ConfigError(f"it emits no 1-D {EMBEDDING!r}, but {', '.join(teacher.emits)}", where=f"recipe.{alias}", action=action)
     return alias, LabelSet.open(run.store, planning.label_specs(run, teachers)[alias])
-
-
-def _require_whole(run: Run, plan: Plan, label_set: LabelSet) -> None:
-    """Raises LabelsMissing when nothing is stored, and when anything of the run's views lacks, unless `labels.allow_partial`."""
-    lacking = {chunk for view in range(run.data.views.count) for chunk in label_set.missing(view, plan.chunks)}
-    if len(lacking) == len(plan.chunks) or (lacking and not run.labels.allow_partial):
-        what = f"labels of {len(lacking)} of {len(plan.chunks)} chunks are missing"
-        raise LabelsMissing(what, where=label_set.uri, action="vkd label RUN, or set labels.allow_partial=true")
 
 
 def _classes(plan: Plan, label: str) -> list[str]:

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -129,6 +130,13 @@ class Probe(Part):
     label: str = LABEL
 
 
+class Whitening(Part):
+    """A PCA whitening of the first teacher's regions, to so many dims."""
+
+    out: Place
+    dims: int = Field(default=128, ge=1)
+
+
 class Run(Part):
     """Everything that one run does; the resolved run is saved with its results."""
 
@@ -141,6 +149,7 @@ class Run(Part):
     checkpoint: Checkpoint = Checkpoint()
     compute: Compute = Compute()
     probe: Probe | None = None  # what `vkd run` fits once labels are there, in place of a student
+    whitening: Whitening | None = None  # the same
 
     @property
     def store(self) -> str:
@@ -281,6 +290,7 @@ def _keys_at(model: type[BaseModel], location: Sequence[str | int], tree: Any) -
     for part in location:
         tree = tree[part]
         kind = get_args(kind)[0] if isinstance(part, int) else kind.model_fields[part].annotation
+        kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
         if kind is Recipe:
             kind = find(ModelSpec(name=tree["name"]), RECIPES, "recipe")
     return list(kind.model_fields)

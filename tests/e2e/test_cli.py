@@ -75,7 +75,7 @@ def in_command(text: str, places: dict[str, Path]) -> str:
         ("label <run> train.epochs=many", ["train.epochs", "integer", "'many'"]),
         ("label <run> train.epochs", ["'train.epochs' is not KEY=VALUE"]),
         ("label <run> recipe.name=magic", ["unknown recipe 'magic'", "use one of kd"]),
-        ("label <run> recipe.teacher.name=magic", ["unknown teacher 'magic'", "efficientnet_lite, probe, student"]),
+        ("label <run> recipe.teacher.name=magic", ["unknown teacher 'magic'", "efficientnet_lite, probe, regions, student"]),
         ("label <run> recipe.student.name=magic data.keep_frames=none", ["unknown student 'magic'", "shift_cnn, tiny_r3d, tiny_vit"]),
         ("label <run> recipe.teacher.weights=<none>.pth", ["<none>.pth", "the weights are not there"]),
         ("label <run> labels.encodings.logits=fp7", ["unknown encoding 'fp7'", "fp16"]),

@@ -15,10 +15,11 @@ from small import exported_student
 from vkd import models
 from vkd.errors import ConfigError, TeacherError
 from vkd.models import ModelSpec
-from vkd.schema import FRAMES, Columns
+from vkd.schema import DURATION_S, END_S, FRAMES, START_S, Columns
 from vkd.teachers import TEACHERS
 from vkd.teachers.base import Teacher
 from vkd.teachers.probe import Probe
+from vkd.whitening import Whitening
 
 Options = dict[str, Any]
 
@@ -33,12 +34,19 @@ def fitted_probe(path: Path, seed: int = 0) -> str:
     return str(path)
 
 
+def a_whitening(path: Path, seed: int = 0) -> str:
+    """The file of a random whitening to 4 dims of region features of EfficientNet-Lite0."""
+    mean, vectors = np.zeros(1752, np.float32), np.random.default_rng(seed).normal(size=(1752, 4)).astype(np.float32)
+    path.write_bytes(Whitening(mean, np.ones(4, np.float32), vectors, 0).to_bytes())
+    return str(path)
+
+
 def a_probe(folder: Path) -> Options:
     of = {"name": "student", "path": exported_student(folder / "student")}
     return {"path": fitted_probe(folder / "probe.safetensors"), "of": of}
 
 
-# for each teacher, and once more with descriptors: the options to test it with, and others that must change its identity
+# for each teacher, and once more with descriptors or whitened: the options to test it with, and others that must change its identity
 CASES: dict[str, tuple[Callable[[Path], Options], list[Callable[[Path], Options]]]] = {
     "efficientnet_lite": (
         lambda tmp: {"num_frames": 2},
@@ -62,6 +70,14 @@ CASES: dict[str, tuple[Callable[[Path], Options], list[Callable[[Path], Options]
             lambda tmp: {"path": fitted_probe(tmp / "b.safetensors", seed=1)},
             lambda tmp: {"of": {"name": "student", "path": exported_student(tmp / "b", seed=1)}},
         ],
+    ),
+    "regions": (
+        lambda tmp: {"max_frames": 2},
+        [lambda tmp: {"precision": "bf16"}, lambda tmp: {"whitening": a_whitening(tmp / "w.safetensors")}],
+    ),
+    "regions whitened": (
+        lambda tmp: {"max_frames": 1, "whitening": a_whitening(tmp / "a.safetensors")},
+        [lambda tmp: {"whitening": a_whitening(tmp / "b.safetensors", seed=1)}, lambda tmp: {"dims": 3}],
     ),
 }
 SECOND = {"EfficientNetLite": "_blocks.4", "ShiftCNN": "blocks.1", "TinyR3D": "layer4"}  # the second part that `maps` gives
@@ -87,13 +103,17 @@ def build(name: str, options: Options) -> Teacher:
 
 
 def clips(teacher: Teacher, num_clips: int) -> Columns:
-    """Noise of growing contrast, read-only as Ray's batches are, and text in the other columns that the teacher needs."""
+    """Noise of growing contrast, read-only as Ray's batches are, and text in the other columns that the teacher needs.
+
+    Nothing is told of when a clip starts and ends, so a teacher of each frame answers for all of them.
+    """
     s = teacher.sampling
     rng = np.random.default_rng(0)
     frames = np.stack([rng.integers(0, 20 * (i + 1), (s.num_frames, s.size_px, s.size_px, 3), np.uint8) for i in range(num_clips)])
     frames.flags.writeable = False
     texts = np.array([f"p{i}" for i in range(num_clips)])
-    return {name: frames if name == FRAMES else texts for name in teacher.needs}
+    given = {FRAMES: frames} | dict.fromkeys((START_S, END_S, DURATION_S), np.full(num_clips, ""))
+    return {name: given.get(name, texts) for name in teacher.needs}
 
 
 def some(batch: Columns, rows: slice) -> Columns:
@@ -115,9 +135,11 @@ def test_output_is_what_emits_says(teacher: Teacher) -> None:
     assert set(out) == {*teacher.emits, *batch}
     assert out[FRAMES] is batch[FRAMES]
     for name, tensor in teacher.emits.items():
-        assert out[name].dtype == tensor.dtype
-        assert out[name].shape == (2, *tensor.shape)
-        assert np.isfinite(out[name]).all()
+        assert len(out[name]) == 2
+        for row in out[name]:
+            assert row.dtype == tensor.dtype
+            assert row.shape == ((teacher.sampling.num_frames,) if tensor.ragged else ()) + tensor.row_shape
+            assert np.isfinite(row).all()
         assert not np.allclose(out[name][0], out[name][1], atol=1e-4)
 
 
@@ -133,7 +155,7 @@ def test_input_is_left_alone(teacher: Teacher) -> None:
 def test_empty_batch(teacher: Teacher) -> None:
     out = teacher(some(clips(teacher, 1), slice(0)))
     for name, tensor in teacher.emits.items():
-        assert out[name].shape == (0, *tensor.shape)
+        assert out[name].shape == ((0,) if tensor.ragged else (0, *tensor.shape))
 
 
 def test_probe_is_deterministic(case: tuple[str, Options, Path], teacher: Teacher) -> None:
@@ -142,8 +164,8 @@ def test_probe_is_deterministic(case: tuple[str, Options, Path], teacher: Teache
     again.load("cpu")
     first, second, other = teacher(teacher.probe_batch()), teacher(teacher.probe_batch()), again(again.probe_batch())
     for label in teacher.emits:
-        np.testing.assert_array_equal(first[label], second[label])
-        np.testing.assert_array_equal(first[label], other[label])
+        np.testing.assert_array_equal(first[label][0], second[label][0])
+        np.testing.assert_array_equal(first[label][0], other[label][0])
 
 
 def test_rows_do_not_depend_on_their_batch(teacher: Teacher) -> None:
@@ -190,6 +212,10 @@ def test_use_before_load_is_refused(case: tuple[str, Options, Path]) -> None:
 
 def test_maps_are_those_that_are_described(teacher: Teacher) -> None:
     frames = torch.tensor(clips(teacher, 2)[FRAMES])
+    if not teacher.stage_names:
+        with pytest.raises(ConfigError, match="gives no maps"):
+            teacher.maps(frames)
+        return
     maps = teacher.maps(frames)
     assert not any(x.requires_grad or x.is_inference() for x in maps)  # what learns from them may save them
     assert all(x.ndim == 5 and len(x) == 2 for x in maps)

