@@ -235,9 +235,9 @@ def test_digest_survives_parquet_and_sees_every_value(values: list[dict[str, obj
     table = pa.Table.from_pylist(values, schema=pa.schema({"a": pa.float64(), "b": pa.string(), "c": pa.binary()}))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    assert manifest._digest(pq.read_table(pa.BufferReader(sink.getvalue()))) == manifest._digest(table)
+    assert manifest.rows_digest(pq.read_table(pa.BufferReader(sink.getvalue()))) == manifest.rows_digest(table)
     changed = [values[0] | {"b": str(values[0]["b"]) + "x"}, *values[1:]]
-    assert manifest._digest(pa.Table.from_pylist(changed, schema=table.schema)) != manifest._digest(table)
+    assert manifest.rows_digest(pa.Table.from_pylist(changed, schema=table.schema)) != manifest.rows_digest(table)
 
 
 def test_damaged_shards_are_refused(tmp_path: Path, probed: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vkd import cli_jobs, cli_labels, cli_parts, cli_plan, cli_probe, cli_whiten
+from vkd import cli_jobs, cli_labels, cli_pairs, cli_parts, cli_plan, cli_probe, cli_steps, cli_whiten
 from vkd.cli_parts import Json, Overrides, RunFile
 from vkd.cli_plan import MaxCost, MaxHours, PriceFile
 from vkd.errors import ConfigError, StorageError, VkdError, redact
@@ -21,7 +21,7 @@ def _with_others(typed: typer.Typer) -> typer.Typer:
     typed.add_typer(cli_labels.app, name="labels")
     typed.add_typer(cli_jobs.app)
     typed.add_typer(cli_jobs.jobs, name="jobs")
-    for verb in (cli_plan.plan, cli_probe.probe, cli_whiten.whiten):
+    for verb in (cli_plan.plan, cli_probe.probe, cli_whiten.whiten, cli_pairs.pairs):
         typed.command()(verb)
     return typed
 
@@ -165,8 +165,8 @@ def run_command(
     with cli_parts.screen(as_json, run, overrides) as screen:
         results: dict[str, Any] = {}
         for loaded in load(run, overrides or []):
-            if loaded.probe is not None or loaded.whitening is not None:
-                results[loaded.name] = cli_probe.label_and_fit(loaded, screen)
+            if (done := cli_steps.of_labels(loaded, screen)) is not None:
+                results[loaded.name] = done
                 continue
             with cli_plan.limits(loaded, max_hours, max_cost, prices):
                 labelled, trained, measured = pipeline.run_all(loaded, screen)

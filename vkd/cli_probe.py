@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from vkd import cli_parts, cli_whiten
+from vkd import cli_parts
 from vkd.cli_parts import Json, Overrides, RunFile
 
 if TYPE_CHECKING:
     from vkd.console import Screen
     from vkd.probing import ProbeReport
-    from vkd.run import Probe as RunProbe
     from vkd.run import Run
+    from vkd.steps import Probe as RunProbe
 
 
 def probe(
@@ -26,24 +26,12 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """Fit a linear probe on the first teacher's stored embeddings: a teacher whose logits are the classes of the manifest."""
-    from vkd.run import Probe as RunProbe
     from vkd.run import load_one
+    from vkd.steps import Probe as RunProbe
 
     with cli_parts.screen(as_json, run, overrides) as screen:
         loaded = load_one(run, overrides or [])
         cli_parts.finish(as_json, fitted(loaded, RunProbe(out=out, by=by, label=label), screen))
-
-
-def label_and_fit(run: Run, screen: Screen) -> dict[str, Any]:
-    """All of a run that fits a probe or a whitening: its labels, then the fit."""
-    from vkd import pipeline
-
-    labelled = pipeline.label(run, screen)
-    screen.close()
-    screen.labels(labelled, run.store)
-    told: dict[str, Any] = {"label": cli_parts.label_json(labelled)}
-    told |= {} if run.probe is None else {"probe": fitted(run, run.probe, screen)}
-    return told | ({} if run.whitening is None else {"whitening": cli_whiten.fitted(run, run.whitening, screen)})
 
 
 def fitted(run: Run, asked: RunProbe, screen: Screen) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from vkd.cli_parts import Json, Overrides, RunFile
 if TYPE_CHECKING:
     from vkd.console import Screen
     from vkd.run import Run
-    from vkd.run import Whitening as RunWhitening
+    from vkd.steps import Whitening as RunWhitening
 
 
 def whiten(
@@ -24,8 +24,8 @@ def whiten(
     as_json: Json = False,
 ) -> None:
     """Fit a PCA whitening on the first teacher's stored region features: the teacher regions then gives whitened ones."""
-    from vkd.run import Whitening as RunWhitening
     from vkd.run import load_one
+    from vkd.steps import Whitening as RunWhitening
 
     with cli_parts.screen(as_json, run, overrides) as screen:
         cli_parts.finish(as_json, fitted(load_one(run, overrides or []), RunWhitening(out=out, dims=dims), screen))

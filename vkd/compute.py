@@ -1,11 +1,12 @@
-"""How much a run asks for: decode tasks, teacher actors, student workers."""
+"""How much a run asks for: decode tasks, teacher actors, student workers; and what sections of a run file are made of."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
 
 from vkd.video.settings import MIN_MEMORY_BYTES, Limits
 
@@ -18,6 +19,16 @@ class Part(BaseModel):
     """A section of a run file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def absolute(path: str) -> str:
+    """A local path made absolute (Ray workers have another working directory); a uri as it is."""
+    if not isinstance(path, str):
+        raise ValueError("a place is the path or uri of a folder")
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+Place = Annotated[str, BeforeValidator(absolute)]  # a folder: a local path or any fsspec uri
 
 
 class Placed(Part):

@@ -62,12 +62,12 @@ class BuildOptions(BaseModel):
         return value
 
 
-class _Shard(BaseModel):
+class Shard(BaseModel):
     name: str = Field(pattern=r"^[0-9a-f]{16}$")
     rows: int = Field(ge=0)
 
 
-class _Index(BaseModel):
+class Index(BaseModel):
     """What manifest.json holds."""
 
     format_version: Literal[1] = 1
@@ -76,7 +76,7 @@ class _Index(BaseModel):
     hash: bool
     sources: list[str] = []
     columns: list[str] = []
-    shards: list[_Shard] = []
+    shards: list[Shard] = []
     rejects: list[str] = []
 
 
@@ -100,13 +100,13 @@ class Manifest:
     """A manifest on storage, as it was when loaded."""
 
     path: str
-    index: _Index
+    index: Index
 
     @classmethod
     def load(cls, path: str) -> Manifest:
         """Raises ManifestError when there is none, or when it cannot be understood."""
         try:
-            return cls(path, _Index.model_validate_json(files.read(files.join(path, "manifest.json"))))
+            return cls(path, Index.model_validate_json(files.read(files.join(path, "manifest.json"))))
         except FileNotFoundError as error:
             raise ManifestError("no manifest here", where=path, action=f"vkd manifest SOURCE {path}") from error
         except ValidationError as error:
@@ -202,11 +202,11 @@ class _Growth:
         if faults:
             values = [[v.video_id, redact(v.uri), fault.kind, fault.what, fault.permanent] for v, fault in faults]
             rejects = pa.table(list(zip(*values, strict=True)), schema=REJECTS)
-            self.index.rejects.append(_write(self.out, "rejects", rejects))
+            self.index.rejects.append(write_rows(self.out, "rejects", rejects))
             self.rejected.update(rejects["kind"].to_pylist())
         if kept:
             shard = self._shard(batch.take(pa.array(kept, pa.int64())), [probed[uris[row]] for row in kept])
-            self.index.shards.append(_Shard(name=_write(self.out, "shards", shard), rows=shard.num_rows))
+            self.index.shards.append(Shard(name=write_rows(self.out, "shards", shard), rows=shard.num_rows))
             self.index.columns = shard.column_names
             self.num_new += shard.num_rows
         if self.source not in self.index.sources:
@@ -249,10 +249,10 @@ class _Growth:
         self.row_schema = self.row_schema or pa.schema([shard.schema.field(name) for name in sources.extras(shard)])
 
 
-def _opened(out: str, options: BuildOptions) -> _Index:
+def _opened(out: str, options: BuildOptions) -> Index:
     """The index of the manifest at OUT, or a new one."""
     if not files.exists(files.join(out, "manifest.json")):
-        return _Index(chunk_size=options.chunk_size, probe=options.probe, hash=options.hash)
+        return Index(chunk_size=options.chunk_size, probe=options.probe, hash=options.hash)
     index = Manifest.load(out).index
     for name in ("chunk_size", "probe", "hash"):
         was, asked = getattr(index, name), getattr(options, name)
@@ -271,13 +271,14 @@ def _json(row: Mapping[str, object]) -> str:
     return json.dumps(row, default=str)
 
 
-def _digest(table: pa.Table) -> str:
+def rows_digest(table: pa.Table) -> str:
     """Of the values, not of the file: Parquet bytes differ between versions of its writer."""
     return schema.digest(*(_json(row) for row in table.to_pylist()))
 
 
-def _write(out: str, folder: str, table: pa.Table) -> str:
-    name, sink = _digest(table), pa.BufferOutputStream()
+def write_rows(out: str, folder: str, table: pa.Table) -> str:
+    """Put a table in a folder of the manifest; its name."""
+    name, sink = rows_digest(table), pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     files.put(files.join(out, folder, f"{name}.parquet"), sink.getvalue().to_pybytes())
     return name
@@ -291,6 +292,6 @@ def _read(out: str, folder: str, name: str) -> pa.Table:
         raise ManifestError("the file is gone", where=where, action=action) from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ManifestError(f"the file is damaged: {error}", where=where, action=action) from error
-    if _digest(table) != name:
+    if rows_digest(table) != name:
         raise ManifestError("the rows are not those that its name was made from", where=where, action=action)
     return table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -14,23 +13,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Serializ
 
 from vkd import yaml_file
 from vkd.clips import ClipPlan, SplitPlan, ViewPolicy
-from vkd.compute import Compute, Part
+from vkd.compute import Compute, Part, Place
 from vkd.errors import ConfigError, redact
 from vkd.models import ModelSpec, find
 from vkd.recipes import RECIPES
 from vkd.recipes.base import Recipe
-from vkd.schema import LABEL
+from vkd.steps import Pairs, Probe, Whitening
 from vkd.video.access import MAX_INLINE_BYTES, Access
-
-
-def absolute(path: str) -> str:
-    """A local path made absolute (Ray workers have another working directory); a uri as it is."""
-    if not isinstance(path, str):
-        raise ValueError("a place is the path or uri of a folder")
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
-Place = Annotated[str, BeforeValidator(absolute)]  # a folder: a local path or any fsspec uri
 
 
 class Views(ViewPolicy):
@@ -122,21 +111,6 @@ def _recipe(value: Any) -> Any:
     return kind.model_validate(value)
 
 
-class Probe(Part):
-    """A linear probe on the first teacher's embedding, for the classes of the column `label`; cross-fitted by the column `by`."""
-
-    out: Place
-    by: str | None = None
-    label: str = LABEL
-
-
-class Whitening(Part):
-    """A PCA whitening of the first teacher's regions, to so many dims."""
-
-    out: Place
-    dims: int = Field(default=128, ge=1)
-
-
 class Run(Part):
     """Everything that one run does; the resolved run is saved with its results."""
 
@@ -148,8 +122,9 @@ class Run(Part):
     train: Train = Field(default_factory=Train, validate_default=True)
     checkpoint: Checkpoint = Checkpoint()
     compute: Compute = Compute()
-    probe: Probe | None = None  # what `vkd run` fits once labels are there, in place of a student
-    whitening: Whitening | None = None  # the same
+    probe: Probe | None = None  # what `vkd run` does once labels are there, in place of a student; and the same, the next two
+    whitening: Whitening | None = None
+    pairs: Pairs | None = None
 
     @property
     def store(self) -> str:
@@ -261,7 +236,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node = tree
     *parents, last = key.split(".")
     for name in parents:
-        child = node.setdefault(name, {})
+        child = node[name] = {} if node.get(name) is None else node[name]  # a section that was none, too
         if not isinstance(child, dict):
             raise ConfigError(f"{key}: {name} is not a section", action="look at the run file for the keys")
         node = child
@@ -290,7 +265,7 @@ def _keys_at(model: type[BaseModel], location: Sequence[str | int], tree: Any) -
     for part in location:
         tree = tree[part]
         kind = get_args(kind)[0] if isinstance(part, int) else kind.model_fields[part].annotation
-        kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
+        kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind  # a section that may be absent
         if kind is Recipe:
             kind = find(ModelSpec(name=tree["name"]), RECIPES, "recipe")
     return list(kind.model_fields)

@@ -93,7 +93,7 @@ def forged(folder: Path, table: pa.Table) -> str:
     """A manifest of one shard that vkd did not make, whose digest is right."""
     from vkd import manifest
 
-    name = manifest._write(str(folder), "shards", table)
+    name = manifest.write_rows(str(folder), "shards", table)
     index = {"chunk_size": 4, "probe": "header", "hash": False, "shards": [{"name": name, "rows": table.num_rows}]}
     (folder / "manifest.json").write_text(json.dumps(index))
     return str(folder)
