@@ -2,6 +2,7 @@
 
 TEACHERS = {
     "efficientnet_lite": "vkd.teachers.efficientnet_lite:EfficientNetLiteTeacher",
+    "pair_scores": "vkd.teachers.pair_scores:PairScoresTeacher",
     "probe": "vkd.teachers.probe:ProbeTeacher",
     "regions": "vkd.teachers.regions:RegionsTeacher",
     "student": "vkd.teachers.student:StudentTeacher",
