@@ -21,6 +21,7 @@ PURE = (
     "vkd.layers",
     "vkd.similarity_layers",
     "vkd.regions",
+    "vkd.triplets",
     "vkd.clips",
     "vkd.rounds",
     "vkd.schema",

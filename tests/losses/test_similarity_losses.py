@@ -75,6 +75,9 @@ def test_label_rule() -> None:
     fine, coarse = torch.tensor([-1.0, 0.0, 0.0, 0.0, 1.0]), torch.tensor([0.0, 0.5, 0.71, 0.29, 0.79])
     assert needs_fine(fine, coarse).tolist() == [0, 0, 1, 1, 1]
     assert needs_fine(fine, coarse, threshold=0.5).tolist() == [0] * 5
+    at_threshold, beyond = torch.tensor([0.75, 0.25]), torch.tensor([0.7500001, 0.2499999])
+    assert needs_fine(torch.zeros(2), at_threshold, threshold=0.25).tolist() == [0, 0]
+    assert needs_fine(torch.zeros(2), beyond, threshold=0.25).tolist() == [1, 1]
     assert to_unit(fine).tolist() == [0, 0.5, 0.5, 0.5, 1]
     assert to_unit(np.array([-1.0, 0.5])).tolist() == [0, 0.75]
 

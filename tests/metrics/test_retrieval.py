@@ -204,6 +204,18 @@ def test_a_budget_takes_the_first_of_each_query() -> None:
     assert COARSE.values[0, 0] == 0.1
 
 
+@pytest.mark.parametrize("budget", [0.0, 0.05, 0.29, 0.3, 0.5, 0.99, 1.0])
+def test_a_budget_is_that_of_the_reference(budget: float) -> None:
+    """A loop over the videos of each query in order of their priority, as the paper's evaluation mixes both scores."""
+    coarse, rng = random_scores([f"q{i}" for i in range(4)], [f"v{i:02d}" for i in range(20)]), np.random.default_rng(1)
+    fine, priority = rng.uniform(-1, 1, (4, 20)), rng.random((4, 20))
+    expected = coarse.values.copy()
+    for query in range(4):
+        for video in sorted(range(20), key=lambda v: -priority[query, v])[: int(budget * 20)]:
+            expected[query, video] = fine[query, video] / 2 + 0.5
+    np.testing.assert_array_equal(reranked(coarse, fine, priority, budget).values, expected)
+
+
 def test_selection_orders() -> None:
     selector = np.zeros((2, 4))
     orders = selection_orders(COARSE.values, FINE, selector, seed=1)
