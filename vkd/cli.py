@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vkd import cli_jobs, cli_labels, cli_parts, cli_plan, cli_probe
+from vkd import cli_jobs, cli_labels, cli_parts, cli_plan, cli_probe, cli_search
 from vkd.cli_parts import Json, Overrides, RunFile
 from vkd.cli_plan import MaxCost, MaxHours, PriceFile
 from vkd.errors import ConfigError, StorageError, VkdError, redact
@@ -23,6 +23,7 @@ def _with_others(typed: typer.Typer) -> typer.Typer:
     typed.add_typer(cli_jobs.jobs, name="jobs")
     typed.command()(cli_plan.plan)
     typed.command()(cli_probe.probe)
+    typed.add_typer(cli_search.app)
     return typed
 
 
