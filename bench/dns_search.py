@@ -15,6 +15,7 @@ Networks have drawn weights of the paper's sizes. Cold: files are dropped from t
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import os
 import statistics
@@ -198,15 +199,17 @@ def memory_figures() -> dict[str, Any]:
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free but kept would hide what is taken
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _resident_bytes("VmRSS")
+    before = _of_process("status", "VmRSS")
     work()
-    return _resident_bytes("VmHWM") - before
+    return 1024 * (_of_process("status", "VmHWM") - before)
 
 
-def _resident_bytes(key: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+def _of_process(file: str, key: str) -> int:
+    """A number that Linux tells of this process."""
+    told = dict(line.split(":", 1) for line in Path(f"/proc/self/{file}").read_text().splitlines())
+    return int(told[key].split()[0])
 
 
 def searched(corpus: Corpus, networks: Networks, num_queries: int, out: str) -> dict[str, Any]:
@@ -215,9 +218,8 @@ def searched(corpus: Corpus, networks: Networks, num_queries: int, out: str) -> 
     started_s = time.monotonic()
     features = Features(networks.features, 1.0, {"name": "regions"})
     index = build(corpus.videos(), corpus.read, networks, features, str(folder))
-    build_s = time.monotonic() - started_s
+    found: dict[str, Any] = {"videos": len(index), "frames": corpus.num_frames, "build_s": time.monotonic() - started_s}
     places = sorted((folder / "shards").iterdir())
-    found: dict[str, Any] = {"videos": len(index), "frames": corpus.num_frames, "queries": num_queries, "build_s": build_s}
     found["file_bytes_per_video"] = sum(place.stat().st_size for place in places) / len(index)
     found["fine_bytes"], found["coarse_bytes"] = index.fetch(np.array([0]))[0].nbytes, index.coarse[0].nbytes
     times: dict[str, list[float]] = {f"{cache}_{name}": [] for cache in ("cold", "warm") for name in SHARES}
@@ -229,11 +231,11 @@ def searched(corpus: Corpus, networks: Networks, num_queries: int, out: str) -> 
                 if cache == "cold":
                     del index  # pages that are mapped stay
                     index = reopened(folder, networks, places)
-                before = _read_bytes()
+                before = _of_process("io", "read_bytes")
                 started_s = time.perf_counter()
                 scores = whole(index, regions) if name == "all" else some(index, regions, share)
                 times[f"{cache}_{name}"].append(time.perf_counter() - started_s)
-                read_bytes += [_read_bytes() - before] if (cache, name) == ("cold", "all") else []
+                read_bytes += [_of_process("io", "read_bytes") - before] if (cache, name) == ("cold", "all") else []
                 if cache == "warm" and name != "all":
                     differences += checked(index, regions, share, scores)
     found |= {f"{name}_ms": 1e3 * statistics.median(values) for name, values in times.items()}
@@ -295,12 +297,6 @@ def reopened(folder: Path, networks: Networks, places: Sequence[Path]) -> Index:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
     return index
-
-
-def _read_bytes() -> int:
-    """What this process has had read from disk."""
-    told = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(told["read_bytes"])
 
 
 if __name__ == "__main__":
