@@ -8,8 +8,8 @@ pair_speedup          the whole pair, both with the comparator as search uses it
 speedup_at_5, _30     all videos finely / that share, from the query's features on; fetching and selecting included. Ceilings 20, 3.33
 netvlad_speedup       residuals of 64 clusters: a loop / at once       memory_ratio   peak of our map / of the 5-D form
 
-The distractors are synthetic: runs of frames of several videos put together. Without --features those are drawn, not of real videos.
-Networks have drawn weights of the paper's sizes. Cold: files are dropped from the page cache, and the index opened, before each search.
+Distractors are synthetic: runs of frames of several videos put together, of drawn ones without --features. Networks have drawn weights of
+the paper's sizes. Cold: files are dropped from the page cache, and the index opened anew, before each search.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ from vkd.students.coarse import CoarseStudent
 from vkd.students.selector import Selector
 from vkd.students.visil import FineStudent
 
-FRAMES, REGIONS, BITS, DIMS = 112, 9, 512, 512
+FRAMES, REGIONS, BITS, DIMS, TOLERANCE = 112, 9, 512, 512, 1e-6
 SHARES = {"5": 0.05, "30": 0.3, "all": 1.0}
-TOLERANCE = 1e-6
 
 
 def main() -> None:
@@ -97,15 +96,15 @@ def drawn(count: int, num_frames: int) -> list[np.ndarray]:
 def stored(uri: str) -> list[np.ndarray]:
     """Regions of all labelled videos of a set."""
     label_set = LabelSet.at(uri)
-    tables = (label_set.read(0, chunk) for chunk in label_set.committed(0))
-    found = [np.asarray(regions, np.float32) for table in tables for regions in decode(table.combine_chunks(), "regions")]
+    videos = (video for chunk in label_set.committed(0) for video in decode(label_set.read(0, chunk).combine_chunks(), "regions"))
+    found = [np.asarray(regions, np.float32) for regions in videos]
     return [regions for regions in found if len(regions)]
 
 
 def drawn_networks(num_dims: int, features: str) -> Networks:
     torch.manual_seed(0)
-    coarse, fine, selector = CoarseStudent(num_dims).eval(), FineStudent("binary", num_dims, BITS).eval(), Selector(num_dims).eval()
-    return Networks(coarse, fine, selector, Path(features).name or "drawn", {"coarse/drawn": f"seed 0, {num_dims}".encode()})
+    networks = CoarseStudent(num_dims).eval(), FineStudent("binary", num_dims, BITS).eval(), Selector(num_dims).eval()
+    return Networks(*networks, Path(features).name or "drawn", {"coarse/drawn": f"seed 0, {num_dims}".encode()})
 
 
 def timed(*works: Callable[[], Any], repeats: int) -> list[list[float]]:
@@ -191,7 +190,6 @@ def memory_figures() -> dict[str, Any]:
     def five_d() -> Tensor:
         return torch.einsum("biok,bjpk->biopj", x, y).amax(3).mean(2)
 
-    assert torch.allclose(five_d(), frame_similarity(x, y), atol=1e-5)
     of_5d, of_floats, of_bits = (
         peak_bytes(work) for work in (five_d, lambda: frame_similarity(x, y), lambda: packed.frame_similarity(*bits))
     )
@@ -293,9 +291,8 @@ def reopened(folder: Path, networks: Networks, places: Sequence[Path]) -> Index:
     gc.collect()
     index = Index.open(str(folder), networks)
     for place in places:
-        descriptor = os.open(place, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+        with open(place, "rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return index
 
 

@@ -21,7 +21,7 @@ from vkd.errors import ConfigError
 ERF_VARIANCE = 1e-6  # of the noise whose expected sign a code is while training
 MIN_FRAMES = 4  # the comparator halves time twice
 ITQ_STEPS = 50
-BLOCK_FRAMES = 64  # of a query, compared at once when no gradient is needed
+BLOCK_FRAMES = 32  # of a query, compared at once when no gradient is needed
 
 
 class Attention(nn.Module):
@@ -104,7 +104,7 @@ def frame_similarity(
 ) -> Float[Tensor, "#b n m"]:
     """Chamfer similarity over regions of all pairs of frames: mean over a query's regions of the best target region.
 
-    Memory is that of n * r * m values, without a gradient of 64 * r * m. A batch of one is compared with each of the other.
+    Memory is that of n * r * m values, without a gradient of 32 * r * m. A batch of one is compared with each of the other.
     """
     num_pairs = max(len(query), len(target))
     query, target = query.expand(num_pairs, -1, -1, -1), target.expand(num_pairs, -1, -1, -1)
