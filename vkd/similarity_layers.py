@@ -21,6 +21,7 @@ from vkd.errors import ConfigError
 ERF_VARIANCE = 1e-6  # of the noise whose expected sign a code is while training
 MIN_FRAMES = 4  # the comparator halves time twice
 ITQ_STEPS = 50
+BLOCK_FRAMES = 32  # of a query, compared at once when no gradient is needed
 
 
 class Attention(nn.Module):
@@ -103,15 +104,18 @@ def frame_similarity(
 ) -> Float[Tensor, "#b n m"]:
     """Chamfer similarity over regions of all pairs of frames: mean over a query's regions of the best target region.
 
-    Memory is that of n * r * m values, with a gradient or without. A batch of one is compared with each of the other.
+    Memory is that of n * r * m values, without a gradient of 32 * r * m. A batch of one is compared with each of the other.
     """
     num_pairs = max(len(query), len(target))
     query, target = query.expand(num_pairs, -1, -1, -1), target.expand(num_pairs, -1, -1, -1)
-    forth: Tensor = _RegionChamfer.apply(query, target)  # type: ignore[no-untyped-call]
-    if not symmetric:
-        return forth
-    back: Tensor = _RegionChamfer.apply(target, query)  # type: ignore[no-untyped-call]
-    return (forth + back.mT) / 2
+    forth = _region_chamfer(query, target)
+    return (forth + _region_chamfer(target, query).mT) / 2 if symmetric else forth
+
+
+def _region_chamfer(query: Float[Tensor, "b n r d"], target: Float[Tensor, "b m s d"]) -> Float[Tensor, "b n m"]:
+    needs_gradient = torch.is_grad_enabled() and (query.requires_grad or target.requires_grad)
+    parts = [query] if needs_gradient else torch.split(query, BLOCK_FRAMES, 1)
+    return torch.cat([_RegionChamfer.apply(part, target) for part in parts], 1)  # type: ignore[no-untyped-call]
 
 
 class _RegionChamfer(torch.autograd.Function):

@@ -1,0 +1,34 @@
+"""Thresholds from scores of unrelated pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vkd.search.calibration import calibrate, random_pairs
+
+
+def test_an_exponential_tail_is_continued_where_scores_end() -> None:
+    scores = np.random.default_rng(0).exponential(0.02, 20_000).astype(np.float32) + np.float32(0.4)
+    share = 0.01 / 1000  # of pairs: beyond what 20,000 tell
+    assert calibrate(scores, 1000) == pytest.approx(0.4 - 0.02 * np.log(share), rel=0.02)
+
+
+def test_many_allowed_matches_are_a_quantile_and_nothing_exceeds_one() -> None:
+    scores = np.linspace(0, 1, 101).astype(np.float32)
+    assert calibrate(scores, 10, max_false_matches=5.0) == pytest.approx(0.5)
+    assert calibrate(scores, 10_000) == 1.0
+
+
+def test_a_few_copies_among_the_pairs_move_it_little() -> None:
+    scores = np.random.default_rng(0).normal(0.45, 0.02, 1000).astype(np.float32)
+    mixed = np.concatenate([scores, np.full(20, 0.95, np.float32)])
+    assert calibrate(mixed, 1000) < 0.7
+
+
+def test_pairs_are_of_different_videos_and_sources_and_always_the_same() -> None:
+    sources = ["a", "a", None, None, "b"]
+    pairs = random_pairs(sources)
+    assert 0 < len(pairs) <= 30 and np.array_equal(pairs, random_pairs(sources))
+    assert {tuple(sorted(pair)) for pair in pairs.tolist()} == {(0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4)}
+    assert random_pairs(["a", "a"]).shape == (0, 2) and random_pairs([None]).shape == (0, 2)

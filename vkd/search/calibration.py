@@ -1,0 +1,62 @@
+"""Thresholds of an index, from pairs of its videos that show different things."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vkd.search import comparison
+from vkd.search.comparison import Codes
+from vkd.students.visil import FineStudent
+
+MAX_FALSE_MATCHES = 0.01  # of a query that has no copy in the index, on average
+NUM_PAIRS = 1000
+CELL_QUANTILE = 0.99  # of frame pairs of different videos
+HIGH, HIGHER = 0.9, 0.95
+Fetch = Callable[[Int[np.ndarray, " k"]], list[Codes]]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Of a pair of videos the fine score in [0, 1] from which they match; of a pair of frames the similarity that counts as alike."""
+
+    match: float = 1.0
+    cell: float = 1.0
+
+
+def calibrate(negatives: Float[np.ndarray, " k"], num_videos: int, max_false_matches: float = MAX_FALSE_MATCHES) -> float:
+    """The score that so many of `num_videos` unrelated ones reach on average; at most 1.
+
+    Beyond what the given scores tell, their tail is taken for exponential, with the slope between their 90th and 95th percentile: up
+    to 5 % of them may be copies after all.
+    """
+    share = max_false_matches / num_videos
+    if share >= 1 - HIGH:
+        return min(1.0, float(np.quantile(negatives, max(1 - share, 0.0))))
+    high, higher = np.quantile(negatives, [HIGH, HIGHER])
+    slope = (higher - high) / math.log((1 - HIGH) / (1 - HIGHER))
+    return min(1.0, float(high + slope * math.log((1 - HIGH) / share)))
+
+
+def of_pairs(fine: FineStudent, pairs: Int[np.ndarray, "k 2"], fetch: Fetch, num_videos: int) -> Thresholds:
+    """From pairs of different videos among `num_videos`; nothing matches when there are none."""
+    if not len(pairs):
+        return Thresholds()
+    scores, cells = [], []
+    for first in np.unique(pairs[:, 0]):
+        query, *targets = fetch(np.concatenate([[first], pairs[pairs[:, 0] == first, 1]]))
+        scores.append(comparison.scores(fine, query, targets))
+        cells += [float(np.quantile(comparison.frames(fine, query, target).numpy(), CELL_QUANTILE)) for target in targets]
+    return Thresholds(calibrate(np.concatenate(scores) / 2 + 0.5, num_videos), float(np.median(cells)))
+
+
+def random_pairs(sources: Sequence[str | None]) -> Int[np.ndarray, "k 2"]:
+    """At most 1000 pairs of different videos that are not known for copies of one source; the same for the same sources."""
+    rng, n = np.random.default_rng(0), len(sources)
+    drawn = rng.integers(0, n, (2 * NUM_PAIRS, 2))
+    apart = dict.fromkeys((i, j) for i, j in drawn.tolist() if i != j and (sources[i] is None or sources[i] != sources[j]))
+    return np.array(list(apart)[:NUM_PAIRS], np.int64).reshape(-1, 2)

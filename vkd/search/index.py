@@ -1,0 +1,215 @@
+"""An index: what is stored of each video, so that a query is compared coarsely with all and finely with some.
+
+OUT/index.json                      what it was made of and how; its shards in order
+OUT/{coarse,fine,selector}/         the networks, so that the folder can be moved
+OUT/shards/<digest>.parquet         a row a video: id, uri, seconds, coarse vector (float32 bytes), selector's number, frames
+OUT/shards/<digest>.fine.parquet    the same rows' fine codes, one a row group, uncompressed: any one can be read alone
+
+Fine codes lie apart because a footer holds every column of every row group.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int, Shaped
+
+from vkd import schema
+from vkd.errors import ConfigError, LabelsMismatch, StorageError
+from vkd.search import calibration
+from vkd.search.calibration import Thresholds
+from vkd.search.networks import PARTS, Codes, Networks
+from vkd.store import files
+
+INDEX, SHARDS = "index.json", "shards"
+FORMAT_VERSION = 1
+SHARD_VIDEOS = 256
+MAX_OPEN_SHARDS = 1024  # whose footers are kept
+COARSE, SELECTOR, NUM_FRAMES, FINE = "coarse", "selector", "num_frames", "fine"
+KEYS = ("format_version", "features", "networks", "encoding", "num_regions", "thresholds", "shards")
+
+
+class Video(NamedTuple):
+    """A video to index; `name` is what reads its regions, `source` tells which videos are copies of one."""
+
+    name: str
+    video_id: str
+    uri: str
+    duration_s: float | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Features:
+    """The label set that regions come from, its frames per second, and the teacher (as a run file names it) that gives a query's."""
+
+    name: str
+    fps: float
+    teacher: Mapping[str, Any]
+
+
+Read = Callable[[str], Float[np.ndarray, "t r d"]]
+
+
+class Index:
+    """An index that is open: coarse vectors, numbers and ids of all videos in memory, fine codes read when asked for."""
+
+    def __init__(self, uri: str, told: Mapping[str, Any], networks: Networks) -> None:
+        self.uri, self.told, self.networks = uri, told, networks
+        self.features, self.thresholds = Features(**told["features"]), Thresholds(**told["thresholds"])
+        self.shards = [str(name) for name in told["shards"]]
+        tables = [_read(_shard(uri, name)) for name in self.shards]
+        self.videos = pa.concat_tables(tables)
+        counts = [table.num_rows for table in tables]
+        self.shard_of = np.repeat(np.arange(len(counts)), counts)
+        self.row_in_shard = np.concatenate([np.arange(count) for count in counts])
+        self.coarse: Float[np.ndarray, "n o"] = np.frombuffer(b"".join(self.videos[COARSE].to_pylist()), np.float32).reshape(len(self), -1)
+        self.selector: Float[np.ndarray, " n"] = self.videos[SELECTOR].to_numpy().copy()
+        self.num_frames: Int[np.ndarray, " n"] = self.videos[NUM_FRAMES].to_numpy()
+        self.id_rank = np.argsort(np.argsort(np.array(self.videos[schema.VIDEO_ID].to_pylist(), np.str_)))  # ties are broken by id
+        self._parquet = functools.lru_cache(MAX_OPEN_SHARDS)(self._opened)
+
+    @classmethod
+    def open(cls, uri: str, networks: Networks | None = None) -> Index:
+        """The index in a folder, with the networks that lie in it. Raises ConfigError when there is none, StorageError when damaged."""
+        told = _told(uri)
+        if told is None:
+            raise ConfigError("no index here", where=uri, action=f"vkd index RUN {uri}")
+        return cls(uri, told, networks or Networks.load({part: files.join(uri, part) for part in PARTS}))
+
+    def __len__(self) -> int:
+        return int(self.videos.num_rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_parquet"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._parquet = functools.lru_cache(MAX_OPEN_SHARDS)(self._opened)
+
+    def fetch(self, videos: Int[np.ndarray, " k"]) -> list[Shaped[np.ndarray, "_ r w"]]:
+        """Fine codes of these videos, in this order; each shard that has some is asked once."""
+        found: list[np.ndarray | None] = [None] * len(videos)
+        shards = self.shard_of[videos]
+        for shard in np.unique(shards).tolist():
+            places = np.flatnonzero(shards == shard)
+            rows = self.row_in_shard[videos[places]]
+            wanted, position = np.unique(rows, return_inverse=True)
+            with _whole(_shard(self.uri, self.shards[shard], FINE)):
+                column = self._parquet(shard).read_row_groups(wanted.tolist(), columns=[FINE], use_threads=False)[FINE]
+                for place, row in zip(places.tolist(), position.tolist(), strict=True):
+                    found[place] = self._codes(column[row].as_buffer(), int(videos[place]))
+        return [codes for codes in found if codes is not None]
+
+    def _codes(self, data: pa.Buffer, video: int) -> Shaped[np.ndarray, "t r w"]:
+        dtype = np.uint8 if self.told["encoding"] == "bits" else np.float16
+        return np.frombuffer(data, dtype).reshape(self.num_frames[video], self.told["num_regions"], -1)
+
+    def _opened(self, shard: int) -> pq.ParquetFile:
+        uri = _shard(self.uri, self.shards[shard], FINE)
+        if "://" not in uri:
+            return pq.ParquetFile(uri, memory_map=True, page_checksum_verification=True)
+        fs, path = files.arrow_filesystem(uri)
+        return pq.ParquetFile(path, filesystem=fs, pre_buffer=True, page_checksum_verification=True)
+
+
+def build(videos: Sequence[Video], read: Read, networks: Networks, features: Features, out: str) -> Index:
+    """Index videos, or open the index of just these; one of fewer or other videos is made anew, but for shards that stay as they are.
+
+    Raises LabelsMismatch for networks trained on other features, and ConfigError for an index made by other networks.
+    """
+    if not videos:
+        raise ConfigError("no videos to index", where=out, action="vkd label RUN, then the same command again")
+    _refuse(out, networks, features)
+    about = [features.name, *networks.digests.items()]
+    parts = [videos[start : start + SHARD_VIDEOS] for start in range(0, len(videos), SHARD_VIDEOS)]
+    names = [schema.digest(FORMAT_VERSION, *about, *part) for part in parts]
+    for name, part in zip(names, parts, strict=True):
+        if not files.exists(_shard(out, name)):
+            _write_shard(out, name, part, [networks.index(read(video.name)) for video in part])
+    old = _told(out)
+    if old is not None and old["shards"] == names:
+        return Index.open(out, networks)
+    for name, data in networks.files.items():
+        files.put(files.join(out, name), data)
+    told: dict[str, Any] = {"format_version": FORMAT_VERSION, "features": vars(features), "networks": networks.digests}
+    told |= {"encoding": networks.encoding, "num_regions": read(videos[0].name).shape[1], "num_videos": len(videos), "shards": names}
+    index = Index(out, told | {"thresholds": vars(Thresholds())}, networks)
+    pairs = calibration.random_pairs([video.source for video in videos])
+    told["thresholds"] = vars(calibration.of_pairs(networks.fine, pairs, index.fetch, len(videos)))
+    files.put(files.join(out, INDEX), json.dumps(told, indent=1).encode())  # last: what it names is there
+    for name in set() if old is None else set(old["shards"]) - set(names):
+        files.delete(_shard(out, name))
+        files.delete(_shard(out, name, FINE))
+    return Index(out, told, networks)
+
+
+def _refuse(out: str, networks: Networks, features: Features) -> None:
+    if networks.features != features.name:
+        what = f"the networks were trained on {networks.features}, the videos' features are {features.name}"
+        raise LabelsMismatch(what, where=out, action="name networks trained on these features")
+    old = _told(out)
+    if old is None:
+        return
+    for key, was, now in (("features", old["features"], vars(features)), ("networks", old["networks"], networks.digests)):
+        differing = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+        if differing:
+            raise ConfigError(f"the index there has other {key}: {differing[0]}", where=out, action="name another OUT, or delete this one")
+
+
+def _write_shard(out: str, name: str, videos: Sequence[Video], codes: Sequence[Codes]) -> None:
+    """Its fine codes first: the other file says that both are there."""
+    fine = pa.table({FINE: pa.array([code.fine.tobytes() for code in codes], pa.large_binary())})
+    coarse = [code.coarse.astype(np.float32).tobytes() for code in codes]
+    table = {name: pa.array([getattr(video, name) for video in videos], pa.string()) for name in (schema.VIDEO_ID, schema.URI, "source")}
+    table |= {
+        schema.DURATION_S: pa.array([video.duration_s for video in videos], pa.float64()),
+        COARSE: pa.array(coarse, pa.binary(len(coarse[0]))),
+        SELECTOR: pa.array([code.selector for code in codes], pa.float32()),
+        NUM_FRAMES: pa.array([len(code.fine) for code in codes], pa.int64()),
+    }
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    for place, rows, group in ((_shard(out, name, FINE), fine, 1), (_shard(out, name), pa.table(table), len(videos))):
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows, sink, row_group_size=group, **plain)
+        files.put(place, sink.getvalue().to_pybytes())
+
+
+def _shard(out: str, name: str, kind: str = "") -> str:
+    return files.join(out, SHARDS, f"{name}.{kind}.parquet" if kind else f"{name}.parquet")
+
+
+def _read(uri: str) -> pa.Table:
+    with _whole(uri):
+        return pq.read_table(pa.BufferReader(files.read(uri)), page_checksum_verification=True)
+
+
+def _told(uri: str) -> dict[str, Any] | None:
+    """What index.json says; None when there is none."""
+    where = files.join(uri, INDEX)
+    try:
+        told = files.read_json(where, KEYS)
+    except FileNotFoundError:
+        return None
+    if told["format_version"] != FORMAT_VERSION:
+        what = f"an index of format {told['format_version']}, this vkd reads {FORMAT_VERSION}"
+        raise ConfigError(what, where=where, action="vkd index RUN into another folder")
+    return told
+
+
+@contextmanager
+def _whole(uri: str) -> Iterator[None]:
+    """Turn what reading a damaged or lost file raises into a StorageError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        first_line, _, _ = str(error).partition("\n")
+        raise StorageError(f"gone or damaged: {first_line}", where=uri, action="delete the index, then vkd index RUN") from error
