@@ -130,7 +130,7 @@ def planned(folder: Path, size: int) -> dict[str, float]:
 
 def make_manifest(folder: Path, size: int) -> None:
     """Shards as a build writes them, of videos that are nowhere."""
-    index = manifest._Index(chunk_size=64, probe="none", hash=False, sources=["/nowhere"])
+    index = manifest.Index(chunk_size=64, probe="none", hash=False, sources=["/nowhere"])
     rows_of_shard = BuildOptions().shard_rows
     for start in range(0, size, rows_of_shard):
         numbers = range(start, min(size, start + rows_of_shard))
@@ -142,7 +142,7 @@ def make_manifest(folder: Path, size: int) -> None:
             }
         )
         index.columns = table.column_names
-        index.shards.append(manifest._Shard(name=manifest._write(str(folder), "shards", table), rows=table.num_rows))
+        index.shards.append(manifest.Shard(name=manifest.write_rows(str(folder), "shards", table), rows=table.num_rows))
     files.put(f"{folder}/manifest.json", index.model_dump_json().encode())
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from jaxtyping import Float
 
 from vkd import models, planning, schema
-from vkd.clips import ClipPlan, ViewPolicy, plan_examples
+from vkd.clips import ClipPlan, Sampling, ViewPolicy, plan_examples
 from vkd.errors import ConfigError, LabelsMissing, VideoError
 from vkd.models import ModelSpec
 from vkd.planning import Plan
@@ -46,14 +46,16 @@ def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
                 name = f"{chunk.shard}/{chunk.index * plan.chunk_size + row}"
                 video_id, uri, duration_s = (example[key] for key in (schema.VIDEO_ID, schema.URI, schema.DURATION_S))
                 videos.setdefault(video_id, Video(name, video_id, uri, duration_s, example.get("source")))
-    return list(videos.values()), label_set, Features(label_set.spec.name, _fps(teacher, alias), spec.model_dump(mode="json"))
+    fps = _sampling(teacher, alias).fps
+    assert fps is not None
+    return list(videos.values()), label_set, Features(label_set.spec.name, fps, spec.model_dump(mode="json"))
 
 
 def regions_of(uri: str, spec: Mapping[str, Any], access: Access) -> Float[np.ndarray, "t r d"]:
     """Region features of one video, by the teacher that a specification names. Raises VideoError when it cannot be decoded."""
     teacher: Teacher = models.build(ModelSpec.model_validate(spec), TEACHERS, "teacher")
     teacher.load("cpu")
-    settings = Settings((teacher.sampling,), access=access)
+    settings = Settings((_sampling(teacher, REGIONS),), access=access)
     duration_s = guard.here(settings).probe(uri).duration_s
     video = {schema.VIDEO_ID: ["query"], schema.URI: [uri], schema.DURATION_S: pa.array([duration_s], pa.float64())}
     examples = plan_examples(pa.table(video), ClipPlan())
@@ -65,9 +67,9 @@ def regions_of(uri: str, spec: Mapping[str, Any], access: Access) -> Float[np.nd
     return np.asarray(regions, np.float32)
 
 
-def _fps(teacher: Teacher, alias: str) -> float:
-    if teacher.sampling.fps is None:
-        raise ConfigError(
-            "it does not look at a fixed number of frames a second", where=f"recipe.{alias}", action="set its sampling to fps"
-        )
-    return teacher.sampling.fps
+def _sampling(teacher: Teacher, alias: str) -> Sampling:
+    """How it looks at a video, at so many frames a second."""
+    if teacher.sampling is None or teacher.sampling.fps is None:
+        what = "it does not look at a fixed number of frames a second"
+        raise ConfigError(what, where=f"recipe.{alias}", action="set its sampling to fps")
+    return teacher.sampling
