@@ -11,7 +11,10 @@ from vkd import cli_parts
 from vkd.cli_parts import Json, Overrides, RunFile
 
 if TYPE_CHECKING:
+    from vkd.console import Screen
+    from vkd.run import Run
     from vkd.search.query import Hit
+    from vkd.steps import Index
 
 app = typer.Typer()
 Folder = Annotated[str, typer.Option(metavar="DIR", help="The student/ folder of the run that trained it.")]
@@ -28,21 +31,29 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Index all videos whose regions a run's first teacher has labelled."""
-    from vkd.region_store import RegionStore
     from vkd.run import load_one
+    from vkd.steps import Index
+
+    with cli_parts.screen(as_json, run, overrides) as screen:
+        asked = Index(out=out, coarse=coarse, fine=fine, selector=selector)
+        cli_parts.finish(as_json, built(load_one(run, overrides or []), asked, screen))
+
+
+def built(run: Run, asked: Index, screen: Screen) -> dict[str, Any]:
+    """Index what is stored of a run's videos and show what was made; what is told as JSON."""
+    from vkd.region_store import RegionStore
     from vkd.search import index as indexing
     from vkd.search import videos
     from vkd.search.networks import Networks
 
-    with cli_parts.screen(as_json, run, overrides) as screen:
-        screen.stage("index")
-        networks = Networks.load({"coarse": coarse, "fine": fine, "selector": selector})
-        listed, label_set, features = videos.of_run(load_one(run, overrides or []))
-        built = indexing.build(listed, RegionStore(label_set.uri).read, networks, features, cli_parts.absolute(out))
-        screen.close()
-        screen.line(f"{out}: {len(built)} videos in {len(built.shards)} shards; a match scores at least {built.thresholds.match:.3f}")
-        screen.line(f"next: vkd search {escape(out)} QUERY.mp4")
-        cli_parts.finish(as_json, {"index": out, "videos": len(built), "shards": len(built.shards), "thresholds": vars(built.thresholds)})
+    screen.stage("index")
+    networks = Networks.load({"coarse": asked.coarse, "fine": asked.fine, "selector": asked.selector})
+    listed, label_set, features = videos.of_run(run)
+    made = indexing.build(listed, RegionStore(label_set.uri).read, networks, features, asked.out)
+    screen.close()
+    screen.line(f"{asked.out}: {len(made)} videos in {len(made.shards)} shards; a match scores at least {made.thresholds.match:.3f}")
+    screen.line(f"next: vkd search {escape(asked.out)} QUERY.mp4")
+    return {"index": asked.out, "videos": len(made), "shards": len(made.shards), "thresholds": vars(made.thresholds)}
 
 
 @app.command()

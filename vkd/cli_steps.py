@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vkd import cli_pairs, cli_parts, cli_probe, cli_whiten
+from vkd import cli_pairs, cli_parts, cli_probe, cli_search, cli_whiten
 
 if TYPE_CHECKING:
     from vkd.console import Screen
     from vkd.run import Run
 
+STEPS: dict[str, Any] = {"probe": cli_probe.fitted, "whitening": cli_whiten.fitted, "pairs": cli_pairs.mined, "index": cli_search.built}
+
 
 def of_labels(run: Run, screen: Screen) -> dict[str, Any] | None:
     """Label, then do what the run file asks for with the labels; what is told as JSON, None when it asks for a student."""
-    if run.probe is None and run.whitening is None and run.pairs is None:
+    asked = {name: section for name in STEPS if (section := getattr(run, name)) is not None}
+    if not asked and run.recipe.trains:
         return None
     from vkd import pipeline
 
@@ -21,10 +24,6 @@ def of_labels(run: Run, screen: Screen) -> dict[str, Any] | None:
     screen.close()
     screen.labels(labelled, run.store)
     told: dict[str, Any] = {"label": cli_parts.label_json(labelled)}
-    if run.probe is not None:
-        told["probe"] = cli_probe.fitted(run, run.probe, screen)
-    if run.whitening is not None:
-        told["whitening"] = cli_whiten.fitted(run, run.whitening, screen)
-    if run.pairs is not None:
-        told["pairs"] = cli_pairs.mined(run, run.pairs, screen)
+    told |= {name: STEPS[name](run, section, screen) for name, section in asked.items()}
+    screen.timings({})
     return told

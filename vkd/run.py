@@ -18,7 +18,7 @@ from vkd.errors import ConfigError, redact
 from vkd.models import ModelSpec, find
 from vkd.recipes import RECIPES
 from vkd.recipes.base import Recipe
-from vkd.steps import Pairs, Probe, Whitening
+from vkd.steps import Index, Pairs, Probe, Whitening
 from vkd.video.access import MAX_INLINE_BYTES, Access
 
 
@@ -122,9 +122,10 @@ class Run(Part):
     train: Train = Field(default_factory=Train, validate_default=True)
     checkpoint: Checkpoint = Checkpoint()
     compute: Compute = Compute()
-    probe: Probe | None = None  # what `vkd run` does once labels are there, in place of a student; and the same, the next two
+    probe: Probe | None = None  # what `vkd run` does once labels are there, in place of a student; and so the next three
     whitening: Whitening | None = None
     pairs: Pairs | None = None
+    index: Index | None = None
 
     @property
     def store(self) -> str:

@@ -23,6 +23,15 @@ class Whitening(Part):
     dims: int = Field(default=128, ge=1)
 
 
+class Index(Part):
+    """An index of the videos whose regions the first teacher labelled, by the students in these folders."""
+
+    out: Place
+    coarse: Place
+    fine: Place
+    selector: Place
+
+
 class Pairs(Part):
     """A manifest of pairs for similarity: for each video some of its nearest neighbours, random others, and the copies of its source."""
 

@@ -93,7 +93,8 @@ class TeacherUse:
 
     def findings(self) -> list[Finding]:
         """What is wrong, as far as it is known by now."""
-        found = [*teacher_use.wrong_columns(self.columns), *teacher_use.drowned_losses(self.max_shares), *self.leaks]
+        drowned = teacher_use.drowned_losses(self.max_shares, self.loop.distiller.regularisers)
+        found = [*teacher_use.wrong_columns(self.columns), *drowned, *self.leaks]
         if self._trained:  # before its first step a student may answer zeros, of which some losses are the same for all labels
             found += teacher_use.ignored_labels(self.controls, self.needs)
         paired = {name: each for name, each in self.controls.items() if name.partition("/")[0] not in self.loop.distiller.unpaired}
@@ -222,8 +223,7 @@ def _label_columns(batch: Batch) -> list[str]:
 
 def _moved(batch: Batch) -> Tensor:
     """How many of this rank's rows a shuffling moves."""
-    num_kept = (batch["weight"] > 0).sum()
-    return torch.where(num_kept > 1, num_kept, 0)
+    return F.threshold((batch["weight"] > 0).sum(), 1, 0)
 
 
 def _shuffled(batch: Batch, rng: np.random.Generator) -> Batch:

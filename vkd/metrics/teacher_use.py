@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,10 +144,10 @@ def by_kind(shares: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def drowned_losses(shares: Mapping[str, float]) -> Iterator[Finding]:
-    """Losses whose largest share of the gradient so far is too small to matter."""
+def drowned_losses(shares: Mapping[str, float], regularisers: Collection[str] = ()) -> Iterator[Finding]:
+    """Losses whose largest share of the gradient so far is too small to matter; a regulariser may have none."""
     for name, share in shares.items():
-        if share < MIN_GRADIENT_SHARE:
+        if share < MIN_GRADIENT_SHARE and name not in regularisers:
             what = f"{share:.2g} of the gradient that reaches the student: the other losses drown it"
             yield Finding("drowned", name, what, "raise its weight, or set it to 0")
 

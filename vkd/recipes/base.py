@@ -54,12 +54,14 @@ class Distiller(nn.Module, ABC):
     """Everything that gets a gradient: the student and what it needs only while learning.
 
     `unpaired`: losses (up to a slash in their names) that compare how clips lie, and not clip with clip: other clips' labels may do as
-    well. `said`: after `forward`, what the student says of each row [b, num_classes], if labels are refined by it.
+    well. `regularisers`: losses that may be 0. `said`: after `forward`, what the student says of each row [b, num_classes], if labels
+    are refined by it.
     """
 
     student: nn.Module
     said: Tensor | None = None
     unpaired: Collection[str] = ()
+    regularisers: Collection[str] = ()
 
     @abstractmethod
     def forward(self, batch: Batch) -> Losses:

@@ -89,7 +89,7 @@ class DnS(Recipe):
         sums: dict[str, torch.Tensor] = {}
         for batch in held_out:
             for name, (total, count) in (distiller(batch) | {"accuracy": distiller.right(batch)}).items():
-                sums[name] = sums.get(name, torch.zeros(2)) + torch.stack([total, count])
+                sums[name] = sums.get(name, torch.zeros(2)) + torch.stack([total.detach(), count])
         return {f"held-out {name}": float(total / count.clamp_min(1)) for name, (total, count) in sums.items()}
 
     def provenance(self, plan: Plan) -> Mapping[str, str]:

@@ -25,6 +25,7 @@ class SimilarityDistiller(Distiller):
     """A student that learns the teacher's score of an anchor with each of its two candidates."""
 
     student: SimilarityStudent
+    regularisers = ("excess",)
 
     def __init__(self, student: SimilarityStudent, recipe: DnS) -> None:
         super().__init__()

@@ -1,0 +1,223 @@
+"""Distill-and-Select on stored region features: what is drawn, what is learned, and that a chain of runs goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paired
+import pytest
+import small
+import torch
+from torch import Tensor
+
+from vkd import checkpoint, pairs, planning, training
+from vkd.batches import Part
+from vkd.errors import ConfigError, LabelsMismatch
+from vkd.feeding import Feeder, open_sets
+from vkd.models import ModelSpec, find
+from vkd.planning import Plan
+from vkd.recipes import RECIPES
+from vkd.recipes.base import Batch
+from vkd.recipes.dns import DnS
+from vkd.recipes.dns.batches import MASK, REGIONS
+from vkd.recipes.dns.distiller import SelectorDistiller, SimilarityDistiller, TripletDistiller, repeated
+from vkd.run import Run, parse
+from vkd.schema import WEIGHT
+from vkd.steps import Pairs
+from vkd.store.labelset import ChunkRows, LabelSet
+
+NUM_SOURCES, COPIES = 6, 3
+SMALL = {"num_dims": paired.NUM_DIMS, "size": "small"}
+FINE = {"name": "fine", **SMALL}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features of sources with noisy copies, and their pair manifest. Read only."""
+    folder = tmp_path_factory.mktemp("dns")
+    rng, videos, rows = np.random.default_rng(0), {}, []
+    for source in range(NUM_SOURCES):
+        original = rng.normal(size=(10 + source, paired.NUM_REGIONS, paired.NUM_DIMS))
+        for copy in range(COPIES):
+            name = f"v{source}{copy}"
+            x = original + 0.3 * rng.normal(size=original.shape)
+            videos[name] = (x / np.linalg.norm(x, axis=2, keepdims=True)).astype(np.float16).astype(np.float32)
+            rows.append({"video_id": name, "source": f"s{source}", "split": "val" if source >= 4 else "train"})
+    run = paired.run_of(folder, [paired.table_of(rows)], "data.split.by=column")
+    paired.store(run, videos)
+    pairs.mine(run, Pairs(out=f"{folder}/pairs", num_neighbours=2, num_random=2, chunk_size=4))
+    return folder
+
+
+def run_of(folder: Path, name: str, student: Mapping[str, Any], **recipe: Any) -> Run:
+    tree = small.tree_of(folder) | {"labels": {"mode": "stored", "store": f"{folder}/labels"}, "output": f"{folder}/{name}"}
+    tree["name"], tree["data"] = name, {"manifest": f"{folder}/pairs", "split": {"by": "column"}}
+    tree["recipe"] = {"name": "dns", "student": dict(student), **recipe}
+    tree["train"] = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "weight_decay": 0.0}
+    return parse(tree)
+
+
+def scores_of(folder: Path, path: str | None = None, **options: Any) -> dict[str, Any]:
+    return {"name": "pair_scores", "store": f"{folder}/labels", "path": path, **options}
+
+
+def label(run: Run) -> None:
+    """Write what the run's teachers say, as labelling does."""
+    plan, teachers = Plan.of(run), planning.build_teachers(run.recipe.teachers)
+    for alias, teacher in teachers.items():
+        teacher.load("cpu")
+        label_set = LabelSet.create(
+            run.store, planning.label_specs(run, teachers)[alias], {"scores": teacher(teacher.probe_batch())["scores"]}, {}, {}
+        )
+        for chunk in plan.chunks:
+            examples = plan.examples(chunk)
+            scores = teacher(planning.text_columns(examples, planning.columns_for([teacher])))["scores"]
+            label_set.write(0, chunk, ChunkRows(examples["example_id"].to_pylist(), {}, {"scores": list(scores)}))
+
+
+def feeder_of(run: Run, split: str = "train", rank: int = 0, world_size: int = 1) -> Feeder:
+    plan, sets = open_sets(run, Plan.of(run))
+    return Feeder(run, plan, sets, split, rank, world_size)
+
+
+def batches_of(feeder: Feeder, epoch: int = 0) -> list[Batch]:
+    return [fed.batch for fed in feeder.stream(feeder.one_pass(epoch), 4, seed=0)]
+
+
+@pytest.fixture(scope="module")
+def scored(folder: Path) -> Run:
+    """A run whose teacher, region Chamfer without weights, has scored all pairs. Read only."""
+    run = run_of(folder, "scored", FINE, teacher=scores_of(folder, kind="chamfer"), min_positive=0.5)
+    label(run)
+    return run
+
+
+def test_it_is_found_by_name() -> None:
+    assert find(ModelSpec(name="dns"), RECIPES, "recipe") is DnS
+
+
+def test_an_anchor_and_two_candidates(scored: Run) -> None:
+    batches = batches_of(feeder_of(scored))
+    assert sum(len(batch[WEIGHT]) for batch in batches) == 4 * COPIES
+    for batch in batches:
+        n, three, t, r, d = batch[REGIONS].shape
+        assert (three, r, d) == (3, paired.NUM_REGIONS, paired.NUM_DIMS) and t % 4 == 0
+        assert batch[MASK].shape == (n, 3, t) and batch[MASK].any(2).all()
+        assert not batch[REGIONS][~batch[MASK]].any()
+        assert (batch["teacher.scores"][:, 0] >= 0.5).all() and (batch["teacher.scores"][:, 1] < 0.5).all()
+
+
+def test_candidates_are_drawn_anew_each_epoch_and_do_not_depend_on_ranks(scored: Run) -> None:
+    def drawn(epoch: int, world_size: int = 1) -> dict[int, list[float]]:
+        feeders = [feeder_of(scored, "train", rank, world_size) for rank in range(world_size)]
+        rows = [(batch["example"], batch["teacher.scores"], batch[WEIGHT]) for f in feeders for batch in batches_of(f, epoch)]
+        return {n: s for ns, scores, ws in rows for n, s, w in zip(ns.tolist(), scores.tolist(), ws.tolist(), strict=True) if w}
+
+    assert drawn(0) == drawn(0, 3) and len(drawn(0)) == 4 * COPIES
+    assert drawn(0) != drawn(1)
+
+
+def test_without_a_teacher_copies_are_positive(folder: Path) -> None:
+    feeder = feeder_of(run_of(folder, "copies", FINE, augment=False))
+    for batch in batches_of(feeder):
+        means = [
+            torch.stack([x[m].mean(dim=0).flatten() for x, m in zip(batch[REGIONS][:, i], batch[MASK][:, i], strict=True)])
+            for i in range(3)
+        ]
+        near, far = ((means[0] * means[i]).sum(1) for i in (1, 2))
+        assert (near > far).all()
+
+
+def test_a_rank_without_rows_gets_a_masked_anchor(scored: Run) -> None:
+    feeder = feeder_of(scored)
+    empty: list[Part] = []
+    batch = feeder.batches(empty, 0)
+    assert batch[REGIONS].shape == (1, 3, 4, paired.NUM_REGIONS, paired.NUM_DIMS) and not batch[WEIGHT].any()
+    for options in ({}, {"name": "coarse"}):
+        distiller = DnS.model_validate(scored.recipe.model_dump() | {"student": FINE | options}).distiller({}, 0)
+        for total, count in distiller(batch).values():
+            assert total == 0 and count == 0 and total.requires_grad
+
+
+def test_two_sets_of_features_do_not_mix(scored: Run) -> None:
+    feeder = feeder_of(scored)
+    chunk = feeder._load(0, 0)
+    other = chunk.examples.set_column(chunk.examples.column_names.index("features"), "features", [["regions-0"] * chunk.examples.num_rows])
+    part = (type(chunk)(chunk.tables, chunk.usable, chunk.classes, chunk.numbers, other), np.arange(2))
+    with pytest.raises(LabelsMismatch, match="regions-0"):
+        feeder.batches([part], 0)
+
+
+@pytest.mark.parametrize(
+    ("student", "teachers", "kind"),
+    [
+        ({"name": "visil"}, [], TripletDistiller),
+        (FINE, ["teacher"], SimilarityDistiller),
+        ({"name": "selector"}, ["teacher", "coarse"], SelectorDistiller),
+    ],
+)
+def test_what_is_trained_follows_from_student_and_teachers(student: dict[str, Any], teachers: list[str], kind: type) -> None:
+    recipe = DnS.model_validate(
+        {"name": "dns", "student": {**SMALL, **student}} | dict.fromkeys(teachers, scores_of(Path("x"), kind="mean"))
+    )
+    assert type(recipe.distiller({}, 0)) is kind
+    wrong = "selector" if student["name"] != "selector" else "fine"
+    with pytest.raises(ConfigError, match="trains a"):
+        DnS.model_validate(recipe.model_dump() | {"student": {**SMALL, "name": wrong}}).distiller({}, 0)
+
+
+def test_coarse_scores_alone_are_refused() -> None:
+    recipe = DnS.model_validate({"name": "dns", "student": FINE, "coarse": scores_of(Path("x"), kind="mean")})
+    with pytest.raises(ConfigError, match="coarse scores alone"):
+        recipe.distiller({}, 0)
+
+
+def test_repeating_fills_padding() -> None:
+    regions = torch.arange(12.0).reshape(2, 6, 1, 1)
+    mask = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
+    assert repeated(regions, mask).flatten(1).tolist() == [[0, 1, 2, 3, 0, 1], [6, 7, 8, 9, 10, 11]]
+
+
+def test_losses_do_not_depend_on_the_batch(scored: Run) -> None:
+    """Padding to a longer video changes nothing."""
+    (whole, *_), torch_seed = batches_of(feeder_of(scored)), torch.manual_seed(0)
+    distiller = scored.recipe.distiller({}, 0)
+    parts = [{name: rows[i : i + 1] for name, rows in whole.items()} for i in range(len(whole[WEIGHT]))]
+    trimmed = [part | {name: part[name][:, :, : _longest(part)] for name in (REGIONS, MASK)} for part in parts]
+    for name, (total, count) in distiller(whole).items():
+        each = [distiller(part)[name] for part in trimmed]
+        torch.testing.assert_close(total, torch.stack([t for t, _ in each]).sum())
+        assert count == sum(c for _, c in each)
+    assert torch_seed is not None
+
+
+def _longest(part: Mapping[str, Tensor]) -> int:
+    return -(-int(part[MASK].sum(2).max()) // 4) * 4
+
+
+def test_the_chain_goes_through_and_each_run_only_once(folder: Path) -> None:
+    """ViSiL on copies -> fine student -> coarse student -> selector, each a run that is done only once."""
+    done: list[str] = []
+
+    def trained(name: str, student: Mapping[str, Any], **recipe: Any) -> str:
+        run = run_of(folder, name, {**SMALL, **student}, min_positive=-0.2, **recipe)
+        if run.recipe.teachers:
+            label(run)
+        report = training.train(run, lambda _: None)
+        assert not report.skipped and training.train(run, lambda _: None).skipped
+        found = run.recipe.evaluate(checkpoint.load_similarity(report.student), batches_of(feeder_of(run, "val")))
+        assert set(found) >= {"held-out accuracy"} and all(np.isfinite(value) for value in found.values())
+        config, _ = checkpoint.read_export(report.student)
+        assert config["features"].startswith("teacher-")
+        done.append(name)
+        return report.student
+
+    visil = trained("visil", {"name": "visil"})
+    fine = trained("fine", {"name": "fine"}, teacher=scores_of(folder, visil))
+    coarse = trained("coarse", {"name": "coarse"}, teacher=scores_of(folder, fine))
+    both = {"teacher": scores_of(folder, fine), "coarse": scores_of(folder, coarse)}
+    trained("selector", {"name": "selector"}, **both, threshold=0.05)
+    assert done == ["visil", "fine", "coarse", "selector"]
