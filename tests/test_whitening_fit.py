@@ -17,6 +17,7 @@ from vkd.run import Run, dump
 from vkd.schema import EXAMPLE_ID, TRAIN
 from vkd.store.labelset import ChunkRows, LabelSet, Reject
 from vkd.whitening import Covariance, Whitening
+from vkd.whitening_fit import fit
 
 Main = Callable[..., tuple[int, str, str]]
 REJECTED = 3  # row of every chunk
@@ -119,3 +120,13 @@ def test_a_run_with_the_section_labels_and_fits(stored: Run, main: Main, tmp_pat
     told = json.loads(out)["small"]
     assert (code, told["whitening"]["dims"], set(told)) == (0, 3, {"label", "whitening"})
     assert len(Whitening.from_bytes((tmp_path / "whitening.safetensors").read_bytes()).eigenvalues) == 3
+
+
+def test_it_is_fitted_once(stored: Run, tmp_path: Path) -> None:
+    out = tmp_path / "w.safetensors"
+    first = fit(stored, str(out), 4)
+    before = out.stat().st_mtime_ns
+    assert fit(stored, str(out), 4) == first and out.stat().st_mtime_ns == before
+    assert fit(stored, str(out), 3).dims == 3 and out.stat().st_mtime_ns != before
+    out.unlink()
+    assert fit(stored, str(out), 3).dims == 3 and out.exists()

@@ -129,7 +129,8 @@ class Screen:
         self.console.print(table)
 
     def timings(self, extra: Mapping[str, str]) -> None:
-        """Seconds of each stage on one line."""
+        """Seconds of each stage since the last time on one line."""
         self.close()
         stages = "  ".join(f"{name} {seconds:.1f} s{extra.get(name, '')}" for name, seconds in self.seconds.items())
+        self.seconds = {}
         self.line(f"time: {stages}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from vkd.store import files
 from vkd.store.encodings import decode
 from vkd.store.labelset import LabelSet
 from vkd.whitening import Covariance
+
+RECORD = ".json"  # beside the file: what it was fitted on
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,34 @@ class WhiteningReport:
 def fit(run: Run, out: str, dims: int) -> WhiteningReport:
     """Fit a whitening on the regions that the store holds of the run's first teacher and train split, and write it to a file.
 
-    One chunk's labels are in memory at a time. Raises ConfigError when the regions are whitened already or span fewer dims, and
-    LabelsMissing when some are not labelled.
+    Done once: labels name the file by its digest, and another machine would fit the last digits differently. One chunk's
+    labels are in memory at a time. Raises ConfigError when the regions are whitened already or span fewer dims, and LabelsMissing
+    when some are not labelled.
     """
     if run.labels.mode == "live":
         raise ConfigError("mode live keeps no labels", where="labels.mode", action="set it to tee, then vkd label RUN")
     plan, (alias, label_set) = Plan.of(run), _regions(run)
     planning.require_labels(run, plan, label_set)
+    fitted_on = schema.digest(label_set.spec.name, plan.manifest_digest, run.data.split.model_dump_json(), label_set.views(), dims)
+    if (report := _fitted_before(out, fitted_on)) is not None:
+        return report
     covariance, num_clips = _covariance(plan, label_set)
     whitening = covariance.whitening(dims)
     files.put(out, whitening.to_bytes())
     variance = float(whitening.eigenvalues.sum(dtype=np.float64) * covariance.count / np.trace(covariance.scatter))
-    return WhiteningReport(out, alias, num_clips, covariance.count, len(covariance.mean), dims, variance)
+    report = WhiteningReport(out, alias, num_clips, covariance.count, len(covariance.mean), dims, variance)
+    files.put(out + RECORD, json.dumps({"fitted_on": fitted_on, "report": asdict(report)}).encode())
+    return report
+
+
+def _fitted_before(out: str, fitted_on: str) -> WhiteningReport | None:
+    """What was told of the file when it was fitted; None when there is none, or it was fitted on something else."""
+    try:
+        told = files.read_json(out + RECORD, ("fitted_on", "report"))
+    except FileNotFoundError:
+        return None
+    known = told["fitted_on"] == fitted_on and files.exists(out)
+    return WhiteningReport(**told["report"] | {"path": out}) if known else None
 
 
 def _regions(run: Run) -> tuple[str, LabelSet]:
