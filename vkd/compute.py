@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
 
 from vkd.video.settings import MIN_MEMORY_BYTES, Limits
 
 LABEL = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"  # what Ray takes as the value of a label
 GROUP_LABEL = "vkd-group"  # of the nodes in cluster.yaml and cluster/
 ACCELERATOR_LABEL = "ray.io/accelerator-type"  # Ray finds it out by itself
+
+
+def absolute(path: str) -> str:
+    """A local path made absolute (Ray workers have another working directory); a uri as it is."""
+    if not isinstance(path, str):
+        raise ValueError("a place is the path or uri of a folder")
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+Place = Annotated[str, BeforeValidator(absolute)]  # a folder: a local path or any fsspec uri
 
 
 class Part(BaseModel):
