@@ -41,7 +41,7 @@ ONLY_IN = {  # a library, and the modules or packages that may import it
         "vkd.spot_notice",
     ),
     "decord": ("vkd.video.decode",),
-    "av": ("vkd.video.decode",),
+    "av": ("vkd.video.decode", "vkd.video.render"),
     "fsspec": ("vkd.store", "vkd.manifest", "vkd.sources", "vkd.video", "vkd.checkpoint"),
     "s3fs": ("vkd.store", "vkd.manifest", "vkd.sources", "vkd.video", "vkd.checkpoint"),
     "pyarrow.fs": ("vkd.store", "vkd.manifest", "vkd.sources", "vkd.video", "vkd.checkpoint"),

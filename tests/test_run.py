@@ -100,7 +100,10 @@ def test_the_last_override_wins(tree: small.Tree) -> None:
         ("labels.store=3", "labels.store: a place is the path or uri of a folder, not 3"),
         ("output=", "output: a place is the path or uri of a folder, not None"),
         ("name=a b", "name: String should match pattern"),
+        ("data={manifest: m, source: s, copies: {out: o, per_vide: 3}}", "unknown key 'data.copies.per_vide' -> did you mean 'per_video'?"),
+        ("probe={out: o, labels: 3}", "unknown key 'probe.labels' -> did you mean 'label'?"),
         # values that do not go together
+        ("data.copies={out: o}", "data: copies are made of the videos of source: name it"),
         ("data.clips={plan: windows}", "data.clips: plan: windows needs length_s"),
         ("recipe.weights={kl: 0, cosine: 0}", "recipe.weights: all weights are 0"),
         # recipes and models

@@ -15,6 +15,16 @@ GROUP_LABEL = "vkd-group"  # of the nodes in cluster.yaml and cluster/
 ACCELERATOR_LABEL = "ray.io/accelerator-type"  # Ray finds it out by itself
 
 
+def absolute(path: str) -> str:
+    """A local path made absolute (Ray workers have another working directory); a uri as it is."""
+    if not isinstance(path, str):
+        raise ValueError("a place is the path or uri of a folder")
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+Place = Annotated[str, BeforeValidator(absolute)]  # a folder: a local path or any fsspec uri
+
+
 class Part(BaseModel):
     """A section of a run file."""
 

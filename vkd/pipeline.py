@@ -6,7 +6,7 @@ import json
 from contextlib import nullcontext
 from typing import Any, Protocol
 
-from vkd import claim, cluster, evaluation, labelling, manifest, planning, preflight, training
+from vkd import claim, cluster, copying, evaluation, labelling, manifest, planning, preflight, training
 from vkd.errors import ConfigError
 from vkd.label_report import LabelReport
 from vkd.loop import RoundReport
@@ -25,6 +25,7 @@ class Watcher(Protocol):
     """Who is told of progress; the command line prints it."""
 
     def stage(self, name: str) -> None: ...
+    def copied(self, done: int, total: int) -> None: ...
     def probed(self, done: int, total: int) -> None: ...
     def labelled(self, report: LabelReport) -> None: ...
     def trained(self, report: RoundReport) -> None: ...
@@ -87,10 +88,14 @@ def run_all(run: Run, watch: Watcher) -> tuple[LabelReport | None, TrainReport, 
 
 
 def build_manifest(run: Run, watch: Watcher) -> None:
-    """Make or grow the manifest of `data.source`, when the run names one: videos that it knows cost a listing."""
+    """Make or grow the manifest of `data.source`, when the run names one, and of copies: videos that it knows cost a listing."""
     data = run.data
     if data.source is None:
         return
+    source, label_from = data.source, data.label_from
+    if data.copies is not None:
+        watch.stage("copies")
+        source, label_from = copying.make(data, data.copies, watch.copied), None  # the table has the labels
     watch.stage("manifest")
-    options = BuildOptions(label_from=data.label_from, chunk_size=data.chunk_size, allow=tuple(data.allow))
-    manifest.build(data.source, data.manifest, options, watch.probed)
+    options = BuildOptions(label_from=label_from, chunk_size=data.chunk_size, allow=data.access.allow or ())
+    manifest.build(source, data.manifest, options, watch.probed)

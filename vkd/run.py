@@ -5,15 +5,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from vkd import yaml_file
 from vkd.clips import ClipPlan, SplitPlan, ViewPolicy
 from vkd.compute import Compute, Part, Place
+from vkd.copies import Copies
 from vkd.errors import ConfigError, redact
 from vkd.models import ModelSpec, find
 from vkd.recipes import RECIPES
@@ -36,11 +47,13 @@ class Data(Part):
     """Which videos, cut into which clips, seen how.
 
     Local files are read only in `source` and in the folders of `allow`. Remote objects up to `max_inline_bytes` are read whole,
-    larger ones in ranges; all decode workers together make at most `max_requests_per_s`.
+    larger ones in ranges; all decode workers together make at most `max_requests_per_s`. With `copies`, near-duplicates of the
+    videos are rendered and listed beside them.
     """
 
     manifest: Place
     source: str | None = None
+    copies: Copies | None = None
     label_from: str | None = None
     chunk_size: int = Field(default=64, ge=1)
     clips: ClipPlan = ClipPlan()
@@ -56,7 +69,13 @@ class Data(Part):
     def access(self) -> Access:
         """What may be read of the world, and how."""
         how = {"max_inline_bytes": self.max_inline_bytes, "max_requests_per_s": self.max_requests_per_s}
-        return Access.to(self.source, self.allow, **how)
+        return Access.to(self.source, (*self.allow, *(self.copies.places if self.copies else ())), **how)
+
+    @model_validator(mode="after")
+    def _copies_of_something(self) -> Data:
+        if self.copies is not None and self.source is None:
+            raise ValueError("copies are made of the videos of source: name it")
+        return self
 
 
 class Labels(Part):
@@ -266,7 +285,7 @@ def _keys_at(model: type[BaseModel], location: Sequence[str | int], tree: Any) -
     for part in location:
         tree = tree[part]
         kind = get_args(kind)[0] if isinstance(part, int) else kind.model_fields[part].annotation
-        kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind  # a section that may be absent
+        kind = get_args(kind)[0] if NoneType in get_args(kind) else kind  # a section that may be left out
         if kind is Recipe:
             kind = find(ModelSpec(name=tree["name"]), RECIPES, "recipe")
     return list(kind.model_fields)

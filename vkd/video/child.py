@@ -88,12 +88,17 @@ def clip_from(told: Mapping[str, Any]) -> Clip:
 
 
 def _confine(max_memory_bytes: int, parent_pid: int) -> None:
-    """Bound memory and output of this process, and end it with its parent."""
+    """Bound memory and output of this process, which ends with its parent."""
     resource.setrlimit(resource.RLIMIT_DATA, (max_memory_bytes, max_memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_STDERR_BYTES, MAX_STDERR_BYTES))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    end_with(parent_pid)
+
+
+def end_with(parent_pid: int) -> None:
+    """End this process when its parent ends, and not by Ctrl-C, which is the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent_pid:

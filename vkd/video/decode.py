@@ -1,4 +1,4 @@
-"""Which frame is shown when: headers, exact and keyframe decoding. The only file that imports a decoder.
+"""Which frame is shown when: headers, exact and keyframe decoding. The only file that decodes what others made.
 
 Time t is in seconds from the first presented frame; the frame shown at t is the last one that starts at or before t.
 """
