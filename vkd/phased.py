@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vkd.feeding import Feeder, Labels
-from vkd.label_table import REFINED, LabelTable, Version
+from vkd.label_table import REFINED, LabelTable, MapChunks, Version
 from vkd.loop import Loop
 from vkd.phases import Between
 from vkd.planning import Plan
@@ -55,23 +55,26 @@ class EpochLabels:
         return self._known[number]
 
 
-def table_of(run: Run, plan: Plan, taught: Labels) -> LabelTable | None:
+def table_of(run: Run, plan: Plan, taught: Labels, map_chunks: MapChunks = map) -> LabelTable | None:
     """The run's table of refined labels, in its output; None when its recipe refines none."""
     refinement = run.recipe.refinement
     if refinement is None:
         return None
-    return LabelTable(files.join(run.output, REFINED), plan, taught, run.data.views.count, refinement)
+    return LabelTable(files.join(run.output, REFINED), plan, taught, run.data.views.count, refinement, map_chunks)
 
 
-def equip(loop: Loop, feeder: Feeder) -> Feeder:
-    """Give a loop with phases its held-out clips and its table of labels; the feeder that reads that table too."""
+def equip(loop: Loop, feeder: Feeder, map_chunks: MapChunks = map) -> Feeder:
+    """Give a loop with phases its held-out clips and its table of labels; the feeder that reads that table too.
+
+    `map_chunks` does the work of many chunks of the table, see LabelTable.
+    """
     if loop.between is None:
         return feeder
     run, plan, notes, held_out = feeder.run, feeder.plan, None, dict(feeder.sets)
     taught = feeder.sets[next(iter(run.recipe.teachers))]
     if isinstance(taught, Awaited):  # between epochs nobody reads, and the feeder's have been told to stop
         taught = Awaited(taught.store, taught.spec, taught.link)
-    table = table_of(run, plan, taught)
+    table = table_of(run, plan, taught, map_chunks)
     if table is not None:
         notes = EpochLabels(table)
         held_out[REFINED] = table.at(0)  # scores of two epochs compare answers, and not labels

@@ -106,7 +106,7 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
     rank, world_size = gather.world()
     plan, sets = _plan_and_sets(run, link)
     loop = new_loop(run, plan, {alias: label_set.spec for alias, label_set in sets.items()})
-    feeder = phased.equip(loop, Feeder(run, plan, sets, TRAIN, rank, world_size, beat=beat))
+    feeder = phased.equip(loop, Feeder(run, plan, sets, TRAIN, rank, world_size, beat=beat), cluster.map_chunks)
     if not sum(feeder.sizes):
         raise ConfigError("no example is left to train on", where="data.split", action="hold out less, or add videos")
     if rank == 0 and plan.share < 1:
