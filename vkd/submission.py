@@ -19,7 +19,7 @@ from vkd.teachers import TEACHERS
 from vkd.upload import GIVE_ACCESS, read_runtime_env, refuse_secrets
 
 VERBS = ("run", "label", "distill", "evaluate", "plan", "verify")
-PLACES = ("output", "data.manifest", "data.source", "data.allow", "labels.store")
+PLACES = ("output", "data.manifest", "data.source", "data.allow", "labels.store", "probe.out")
 PLACEHOLDER = "://BUCKET"
 MAX_NAME_CHARS = 40
 
