@@ -277,7 +277,7 @@ def test_a_workflow_of_a_probe_and_a_staged_student(site: Site, clips_dir: Path,
     refined = {name.split("/")[3] for name in names if name.startswith("out/refined/refined-")}
     assert refined == {f"view={version}" for version in range(3)}
     assert [name for name in names if name.endswith("best.safetensors")]
-    student = load_student("s3://bucket/staged/out/student")
+    student = load_student(str(site.bucket / "staged/out/student"))
     assert student.state_dict()["heads.logits.bias"].shape == (2,)
 
 
