@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pyarrow as pa
@@ -23,10 +23,10 @@ from vkd.window import Awaited
 
 
 class EpochLabels:
-    """The label table as a feeder reads it: always the version of the epoch that is trained."""
+    """The label table as a feeder reads it: always the version of the epoch that is trained. It calls `beat` while that is made."""
 
-    def __init__(self, table: LabelTable) -> None:
-        self.table, self._known = table, dict[int, dict[str, float]]()
+    def __init__(self, table: LabelTable, beat: Callable[[], None] = lambda: None) -> None:
+        self.table, self.beat, self._known = table, beat, dict[int, dict[str, float]]()
         self.prepare(0)
 
     @property
@@ -38,7 +38,7 @@ class EpochLabels:
 
     def prepare(self, epoch: int) -> int:
         """Go to the version of an epoch; every rank must call it."""
-        self.version: Version = self.table.at(self.table.prepare(epoch))
+        self.version: Version = self.table.at(self.table.prepare(epoch, self.beat))
         return self.version.number
 
     def note(self, round_: Round, examples: Int[Tensor, " n"], probs: Float[Tensor, "n c"]) -> None:
@@ -76,7 +76,7 @@ def equip(loop: Loop, feeder: Feeder, map_chunks: MapChunks = map) -> Feeder:
         taught = Awaited(taught.store, taught.spec, taught.link)
     table = table_of(run, plan, taught, map_chunks)
     if table is not None:
-        notes = EpochLabels(table)
+        notes = EpochLabels(table, feeder.beat)
         held_out[REFINED] = table.at(0)  # scores of two epochs compare answers, and not labels
         feeder = replace(feeder, sets={**feeder.sets, REFINED: notes})
     loop.between = Between(loop.distiller, replace(feeder, sets=held_out, split=VAL), notes, run.train.batch_size)
