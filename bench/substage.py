@@ -9,7 +9,7 @@ jobs/substage_student.yaml.
 ours          the recipe `substage`, 23 epochs             kd           the teacher's answer and the labels, in the same steps
 no_teacher    the labels alone                             ours_clean   ours with a teacher fitted on clean labels: an upper bound
 Arms of a seed and fold share clips, weak labels, the student's first weights, batches and their order. However few labels are left, each
-class keeps those of two people, which a probe that leaves each person out needs: of 60 clips 20, when a fifth is asked for.
+class keeps those of two people, which a probe that leaves each person out needs: of 60 clips 20 to 26 for a fifth.
 """
 
 from __future__ import annotations
