@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -253,6 +254,22 @@ def test_a_crash_between_chunks_is_mended(table_of: Callable[..., LabelTable], f
     assert table.at(1).label_set.missing(0, table.plan.chunks) == []  # the weak labels are still there to be read
     assert table_of(form=form).prepare(3) == 3  # another start
     assert chunk_files(table) == whole
+
+
+def test_who_prepares_beats_while_labels_are_made(plan: Plan, taught: LabelSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_table, "BEAT_S", 0.01)
+    beaten = threading.Event()
+
+    class Late:
+        spec = taught.spec
+
+        def read(self, view: int, chunk: Chunk, columns: Sequence[str] | None = None) -> pa.Table:
+            assert beaten.wait(30)
+            return taught.read(view, chunk, columns)
+
+    table = LabelTable(str(tmp_path), plan, Late(), NUM_VIEWS, Refinement())
+    train(table, 0)
+    assert table.prepare(1, beaten.set) == 1
 
 
 def test_two_that_prepare_at_once_agree(table_of: Callable[..., LabelTable]) -> None:

@@ -128,6 +128,15 @@ def test_what_is_exported_is_the_student_alone(whole: tuple[Run, list[RoundRepor
     assert answers["logits"].shape == (1, 2) and answers["stage4"].shape == (1, 6, 128)
 
 
+def test_export_gives_what_training_exported(whole: tuple[Run, list[RoundReport]], tmp_path: Path) -> None:
+    """The best weights of the last phase, which are not those of its newest checkpoint."""
+    from vkd import training
+
+    run, _ = whole
+    assert training.export_newest(run, str(tmp_path)) == 15
+    assert contents(str(tmp_path)) == contents(f"{run.output}/student")
+
+
 def equipped(run: Run, link: Link | None = None) -> tuple[Loop, Feeder]:
     """A loop as a rank makes it, and its feeder; with a link, of labels that are made beside it."""
     plan, sets = open_sets(run, Plan.of(run))

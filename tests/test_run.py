@@ -109,7 +109,7 @@ def test_the_last_override_wins(tree: small.Tree) -> None:
         # recipes and models
         ("recipe=kd", "recipe: a recipe is a mapping with a name, not 'kd'"),
         ("recipe={teacher: a}", "recipe: a recipe is a mapping with a name"),
-        ("recipe.name=dk", "recipe.name: unknown recipe 'dk' -> use one of kd"),
+        ("recipe.name=dk", "recipe.name: unknown recipe 'dk' -> use one of dns, kd"),
         ("recipe.name=json:loads", "recipe: 'json:loads' is no recipe"),
         ("recipe.weights.kl=-1", "recipe.weights.kl: Input should be greater than or equal to 0, not -1"),
         ("recipe.teacher={variant: 2}", "recipe.teacher.name: Input should be a valid string, not None"),

@@ -108,6 +108,7 @@ def test_a_workflow_is_submitted_whole(project: Path) -> None:
         (["data.manifest=./manifest"], ["data.manifest: './manifest' is relative"]),
         (["data.source=videos.txt"], ["data.source: 'videos.txt' is relative"]),
         (["data.allow=[/shared, here]"], ["data.allow: 'here' is relative"]),
+        (["probe={out: probe.safetensors}"], ["probe.out: 'probe.safetensors' is relative"]),
         (["output=s3://BUCKET/x"], ["names no bucket", "output=s3://YOUR-BUCKET/..."]),
         (["compute.address=10.0.0.1:6379"], ["compute.address", "vkd submit --address"]),
     ],

@@ -5,21 +5,25 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import pickle
 import socket
 import sys
 import traceback
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import ray
 from ray._private import internal_api, ray_logging
 from ray._private.worker import filter_autoscaler_events, print_to_stdstream
-from ray.data import DataContext
+from ray.data import DataContext, TaskPoolStrategy
 from ray.exceptions import LocalRayletDiedError, NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import RayTrainError, UserExceptionWithTraceback
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.metrics import Gauge
 
 from vkd import lifeline
@@ -28,6 +32,8 @@ from vkd.errors import ConfigError, VkdError
 
 NO_PROGRESS_TIMEOUT_S = 900
 CONNECT_TIMEOUT_S = 5.0
+MANY_CHUNKS, BLOCKS_A_CPU = 64, 4  # Ray Data takes seconds to start, in which one process does the work of as many chunks
+MAX_RETRIES = 3  # Ray's own default is without end
 NATIVE_STDERR = 2
 HEAD_RESOURCE = "node:__internal_head__"
 GAUGES: dict[str, Gauge] = {}
@@ -168,6 +174,34 @@ def labelling_context(max_bytes: int, gpus: float, paced: bool) -> DataContext:
         gpu=gpus or None, object_store_memory=max_bytes
     )
     return context
+
+
+def map_chunks(fn: Callable[[Any], Any], chunks: Sequence[Any]) -> list[Any]:
+    """What `fn` gives for each chunk, in any order: by Ray Data when they are many and Ray is at hand, else one by one here.
+
+    The tasks ask for no CPU. Who calls this waits for them, and so do all others of its group: the CPUs that they hold are idle,
+    and in a cluster that has no others a task that asked for one would never start.
+    """
+    if len(chunks) < MANY_CHUNKS or not ray.is_initialized():
+        return [fn(chunk) for chunk in chunks]
+    num_tasks = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    context.execution_no_progress_timeout_s = -1  # a chunk may wait for labels that are made meanwhile
+    shared = ray.put((fn, tuple(chunks)))
+    with DataContext.current(context), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # bounds on retries are called so
+        numbers = ray.data.from_items(list(range(len(chunks))), override_num_blocks=min(len(chunks), BLOCKS_A_CPU * num_tasks))
+        answers = numbers.map_batches(
+            partial(_answers, shared), batch_size=None, compute=TaskPoolStrategy(num_tasks), num_cpus=0, max_retries=MAX_RETRIES
+        )
+        return [pickle.loads(row["answer"]) for row in answers.take_all()]
+
+
+def _answers(shared: ray.ObjectRef, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
+    fn, chunks = ray.get(shared)
+    return {"answer": [pickle.dumps(fn(chunks[number])) for number in batch["item"]]}
 
 
 @contextmanager

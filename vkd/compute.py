@@ -31,16 +31,6 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def absolute(path: str) -> str:
-    """A local path made absolute (Ray workers have another working directory); a uri as it is."""
-    if not isinstance(path, str):
-        raise ValueError("a place is the path or uri of a folder")
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
-Place = Annotated[str, BeforeValidator(absolute)]  # a folder: a local path or any fsspec uri
-
-
 class Placed(Part):
     """Workers that run on the nodes of a `group` of the cluster, those labelled `vkd-group: <group>`; none: on any node."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from torch import Tensor
 from vkd import gather, planning, refinement, refinement_net, schema
 from vkd.clips import assign_splits
 from vkd.errors import ConfigError, LabelsMismatch, LabelsMissing
-from vkd.feeding import Labels
+from vkd.feeding import BEAT_S, Labels
 from vkd.planning import Plan
 from vkd.refinement import Evidence, Net, Refinement, State
 from vkd.rounds import Chunk, Round
@@ -101,15 +102,19 @@ class LabelTable:
                 mine = numbers // self.plan.chunk_size == position
                 self.sets.hear(round_.epoch, self.plan.chunks[position], numbers[mine] % self.plan.chunk_size, said[mine])
 
-    def prepare(self, epoch: int) -> int:
+    def prepare(self, epoch: int, beat: Callable[[], None] = lambda: None) -> int:
         """The version that an epoch trains on, complete. Every rank must call it: rank 0 makes what lacks, the others wait.
 
+        All of them `beat` meanwhile: the teacher's labels may still be made, for longer than ranks wait for each other at once.
         Raises LabelsMissing when the student was not heard in an epoch that a version needs.
         """
-        version = self.config.version(epoch)
-        if gather.world()[0] == 0:
-            self._complete(version)
-        gather.of_rank_0(None)
+        version, pool = self.config.version(epoch), ThreadPoolExecutor(1)
+        making = pool.submit(self._complete, version) if gather.world()[0] == 0 else None
+        pool.shutdown(wait=False)  # who interrupts this does not wait for it
+        while gather.of_rank_0(_unfinished(making)):
+            beat()
+        if making is not None:
+            making.result()
         return version
 
     def at(self, version: int) -> Version:
@@ -271,6 +276,11 @@ class _Sets:
     def _commit(self, version: int, chunk: Chunk, state: State) -> None:
         ids = self.plan.examples(chunk)[schema.EXAMPLE_ID].to_pylist()
         self.refined.write(version, chunk, ChunkRows(ids, {}, dict(state)))
+
+
+def _unfinished(making: Future[None] | None) -> str | None:
+    """What rank 0 says after some waiting, None once it is done; other ranks have nothing to say."""
+    return "working" if making is not None and not wait([making], BEAT_S).done else None
 
 
 def _mean_over_views(logits: Sequence[Float[np.ndarray, "n c"]]) -> Float[np.ndarray, "n c"]:

@@ -19,7 +19,10 @@ from vkd.teachers import TEACHERS
 from vkd.upload import GIVE_ACCESS, read_runtime_env, refuse_secrets
 
 VERBS = ("run", "label", "distill", "evaluate", "plan", "verify")
-PLACES = ("output", "data.manifest", "data.source", "data.allow", "data.copies.out", "data.copies.distractors", "labels.store")
+PLACES = (
+    *("output", "data.manifest", "data.source", "data.allow", "data.copies.out", "data.copies.distractors", "labels.store"),
+    *("probe.out", "whitening.out", "pairs.out", "index.out", "index.coarse", "index.fine", "index.selector"),
+)
 PLACEHOLDER = "://BUCKET"
 MAX_NAME_CHARS = 40
 

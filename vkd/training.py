@@ -106,7 +106,7 @@ def train_rank(run: Run, attempt: str, on_round: OnRound, link: Link | None = No
     rank, world_size = gather.world()
     plan, sets = _plan_and_sets(run, link)
     loop = new_loop(run, plan, {alias: label_set.spec for alias, label_set in sets.items()})
-    feeder = phased.equip(loop, Feeder(run, plan, sets, TRAIN, rank, world_size, beat=beat))
+    feeder = phased.equip(loop, Feeder(run, plan, sets, TRAIN, rank, world_size, beat=beat), cluster.map_chunks)
     if not sum(feeder.sizes):
         raise ConfigError("no example is left to train on", where="data.split", action="hold out less, or add videos")
     if rank == 0 and plan.share < 1:
@@ -195,8 +195,16 @@ def export_newest(run: Run, folder: str, best: bool = False) -> int:
     plan = open_sets(run, Plan.of(run))[0] if partial else Plan.of(run)
     loop = new_loop(run, plan, specs)
     position = loop.restore(found)
+    if _exported_at(run) == position.step:  # it may be of an earlier epoch of the last phase
+        loop.distiller.student.load_state_dict(checkpoint.load_student(student_folder(run)).state_dict())
     _export(run, loop, {spec.name for spec in specs.values()}, position, folder)
     return position.step
+
+
+def _exported_at(run: Run) -> int | None:
+    """The step after which training exported its student; None while it has not."""
+    config = files.join(student_folder(run), checkpoint.CONFIG)
+    return int(json.loads(files.read(config))["trained"]["step"]) if files.exists(config) else None
 
 
 def _plan_and_sets(run: Run, link: Link | None) -> tuple[Plan, Mapping[str, LabelSet | Awaited]]:

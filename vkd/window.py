@@ -111,6 +111,10 @@ class Awaited:
         self._set: LabelSet | None = None
         self.stopped = threading.Event()  # by who no longer wants what it asked for
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process nobody stops it but who made it there."""
+        return Awaited, (self.store, self.spec, self.link)
+
     def read(self, view: int, chunk: Chunk, columns: Sequence[str] | None = None) -> pa.Table:
         """One chunk: all of it, or from the store these columns. Raises LabellingEnded when labelling ended without it."""
         looked_s = float("-inf")

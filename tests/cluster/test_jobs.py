@@ -19,6 +19,7 @@ import head
 import pytest
 
 from vkd import cli
+from vkd.checkpoint import load_student
 
 CLIP = "carphone_pristine.mp4"
 NUM_CLIPS, NUM_MANY = 4, 31
@@ -254,3 +255,51 @@ def test_a_group_trains_with_everything_on_the_server(site: Site, main: Main) ->
     code, out, err = main("submit", "distill", "run.yaml", *site.places("group"), *group)
     assert (code, err) == (0, ""), out
     assert (site.bucket / "group/out/student/model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_workflow_of_a_probe_and_a_staged_student(site: Site, clips_dir: Path, tmp_path: Path) -> None:
+    """jobs/substage.yaml in small: its probe, its refined labels and the best weights of its phases lie on the server too."""
+    write_staged(site, clips_dir, tmp_path)
+    seen = []
+    for _ in range(2):
+        with harness.vkd("submit", "run", "substage.yaml", "--max-restarts", "0") as command:
+            code, stdout, stderr = command.finish(900)
+        assert (code, stderr) == (0, ""), stdout
+        seen.append(
+            {path: path.read_bytes() for path in (site.bucket / "staged").rglob("*") if path.suffix in (".parquet", ".safetensors")}
+        )
+    assert "student: finished before" in stdout and stdout.count("there before") == 2, stdout
+    assert seen[0] == seen[1]
+    names = {path.relative_to(site.bucket / "staged").as_posix() for path in seen[0]}
+    assert {"probe.safetensors", "out/student/model.safetensors"} < names
+    refined = {name.split("/")[3] for name in names if name.startswith("out/refined/refined-")}
+    assert refined == {f"view={version}" for version in range(3)}
+    assert [name for name in names if name.endswith("best.safetensors")]
+    student = load_student(str(site.bucket / "staged/out/student"))
+    assert student.state_dict()["heads.logits.bias"].shape == (2,)
+
+
+def write_staged(site: Site, clips_dir: Path, folder: Path) -> None:
+    """Two classes, of each a clip of two people; the student learns for four epochs."""
+    (site.bucket / "staged").mkdir()
+    rows = []
+    for person in ("ann", "bob"):
+        for label in ("pristine", "distorted"):
+            shutil.copy(clips_dir / f"carphone_{label}.mp4", site.bucket / "staged" / f"{person}_{label}.mp4")
+            rows.append({"uri": f"s3://bucket/staged/{person}_{label}.mp4", "label": label, "group": person})
+    (site.bucket / "staged" / "sources.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    root, backbone = "s3://bucket/staged", {"name": "efficientnet_lite", "variant": 0}
+    tree = harness.small_run(folder, Path("unused"))
+    del tree["data"]["label_from"], tree["train"]["epochs"]
+    tree["data"] |= {"source": f"{root}/sources.jsonl", "manifest": f"{root}/manifest", "allow": [root]}
+    tree["labels"]["store"] = f"{root}/labels"
+    probe = tree | {"name": "probe", "output": f"{root}/probe", "probe": {"out": f"{root}/probe.safetensors", "by": "group"}}
+    harness.write(probe, folder / "probe.yaml")
+    teacher = {"name": "probe", "path": f"{root}/probe.safetensors", "of": backbone | {"substages": True}}
+    student = {"name": "tiny_r3d", "num_frames": 2, "size_px": 32, "widths": [4, 4, 6, 6]}
+    recipe = {"name": "substage", "teacher": teacher, "student": student, "substages": ["layer2", "layer4"]}
+    recipe["cascade"] = {"warmup": 1, "per_stage": 1, "joint": 1}
+    harness.write(tree | {"name": "student", "output": f"{root}/out", "recipe": recipe}, folder / "student.yaml")
+    harness.write({"runs": [{"run": "probe.yaml"}, {"run": "student.yaml"}]}, folder / "substage.yaml")
