@@ -227,3 +227,18 @@ def test_what_cannot_be_mined(run: Run, tmp_path: Path) -> None:
     assert not Path(asked.out).exists()
     partial = parse(run.model_dump(mode="json"), ["labels.allow_partial=true"])
     assert mine(partial, asked).left_out > 3
+
+
+def test_a_video_is_no_negative_of_what_else_it_shows() -> None:
+    """v0 is pasted into another video of s1: nobody can say how alike they are."""
+    hosts = {"v0": "s1"}
+    videos = [Video("train", f"v{i}", f"s/{i}", f"v{i}", f"s{i // 2}", f"s{i // 2}", hosts.get(f"v{i}", "")) for i in range(8)]
+    found = list(candidates(videos, np.eye(8, dtype=np.float32), Pairs(out="x", num_neighbours=0, num_random=9)))
+    assert {i: set(each.random.tolist()) for i, each in enumerate(found)} == {
+        0: {4, 5, 6, 7},
+        1: {2, 3, 4, 5, 6, 7},
+        2: {1, 4, 5, 6, 7},
+        3: {1, 4, 5, 6, 7},
+        **dict.fromkeys((4, 5), {0, 1, 2, 3, 6, 7}),
+        **dict.fromkeys((6, 7), {0, 1, 2, 3, 4, 5}),
+    }

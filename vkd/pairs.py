@@ -28,7 +28,7 @@ from vkd.store.labelset import LabelSet
 REGIONS = "regions"
 ANCHOR, OTHERS, POOLS, FEATURES = "anchor", "others", "pools", "features"
 SAME, NEAR, RANDOM = "same", "near", "random"
-SOURCE, FAMILY = "source", "family"
+SOURCE, FAMILY, HOST = ABOUT = "source", "family", "host"
 BLOCK_BYTES = 1 << 28  # of cosines at once
 SHARD_ROWS = 2048
 
@@ -46,7 +46,7 @@ class PairsReport:
 
 
 class Video(NamedTuple):
-    """What is known of a video besides its descriptor; source and family are empty where there is none."""
+    """What is known of a video besides its descriptor; source, family and host, what else it shows, are empty where there is none."""
 
     split: str
     id: str
@@ -54,6 +54,7 @@ class Video(NamedTuple):
     video_id: str
     source: str
     family: str
+    host: str = ""
 
 
 class Candidates(NamedTuple):
@@ -80,7 +81,9 @@ def mine(run: Run, asked: Pairs) -> PairsReport:
     columns = set(plan.examples(plan.chunks[0]).column_names)
     split = SplitPlan(by="column") if plan.split.by == "none" and schema.SPLIT in columns else plan.split
     passed_on = [name for name, there in ((schema.SPLIT, split.by != "none"), (SOURCE, SOURCE in columns)) if there]
-    videos, descriptors = read(plan.without(lacking), label_set, split)
+    if asked.splits:
+        planning.require_columns(plan, [schema.SPLIT], "pairs.splits")
+    videos, descriptors = read(plan.without(lacking), label_set, split, asked.splits)
     counts: Counter[str] = Counter()
     rows = _rows(videos, descriptors, asked, label_set.spec.name, counts)
     tables = _tables(rows, passed_on)
@@ -95,21 +98,25 @@ def mine(run: Run, asked: Pairs) -> PairsReport:
     return PairsReport(asked.out, label_set.spec.name, len(videos), left_out, written.num_videos, pools)
 
 
-def read(plan: Plan, label_set: LabelSet, split: SplitPlan) -> tuple[list[Video], Float[np.ndarray, "n d"]]:
-    """The labelled videos, those of a split together and in order of their ids, and their descriptors."""
+def read(plan: Plan, label_set: LabelSet, split: SplitPlan, chosen: Sequence[str] = ()) -> tuple[list[Video], Float[np.ndarray, "n d"]]:
+    """The labelled videos, those of a split together and in order of their ids, and their descriptors.
+
+    `chosen`: only those whose column `split` is one of these.
+    """
     committed, found = label_set.committed(0), dict[str, tuple[Video, np.ndarray]]()
     for chunk in plan.chunks:
         examples = plan.examples(chunk)
         table = label_set.read(0, chunk, [REGIONS], attempt=committed[chunk]).combine_chunks()
         status, splits = table[schema.STATUS].to_pylist(), assign_splits(examples, split)
-        texts = planning.text_columns(examples, [name for name in (SOURCE, FAMILY) if name in examples.column_names])
+        named = examples[schema.SPLIT].to_pylist() if chosen else []
+        texts = planning.text_columns(examples, [name for name in ABOUT if name in examples.column_names])
         for row, example in enumerate(examples.select([schema.EXAMPLE_ID, schema.VIDEO_ID]).to_pylist()):
-            if status[row] != schema.LABELLED or splits[row] == schema.GAP:
+            if status[row] != schema.LABELLED or splits[row] == schema.GAP or (named and named[row] not in chosen):
                 continue
             (regions,) = decode(table, REGIONS, np.array([row]))  # one by one: a chunk of long videos is large
-            source, family = (str(texts[name][row]) if name in texts else "" for name in (SOURCE, FAMILY))
+            about = [str(texts[name][row]) if name in texts else "" for name in ABOUT]
             name = f"{chunk.shard}/{chunk.index * plan.chunk_size + row}"
-            video = Video(splits[row], example[schema.EXAMPLE_ID], name, example[schema.VIDEO_ID], source, family)
+            video = Video(splits[row], example[schema.EXAMPLE_ID], name, example[schema.VIDEO_ID], *about)
             if len(regions) and (video.id not in found or name < found[video.id][0].name):  # a video may have two rows
                 found[video.id] = video, descriptor(regions)
     order = sorted(found.values(), key=lambda pair: pair[0])
@@ -129,15 +136,15 @@ def candidates(
     """For each video of one split, in order of their ids: the other copies of its source, its nearest neighbours, random others.
 
     Exact, by blocks of cosines. Neighbours are in order of their cosine, equal ones of their ids; random ones depend on the seed, the
-    anchor's id and which videos there are. Copies of another source of the anchor's family are in no pool.
+    anchor's id and which videos there are. Those of another source whose family or host is the anchor's family or host are in no pool.
     """
-    of_source, of_family = _members([video.source for video in videos]), _members([video.family for video in videos])
+    of_source, showing = _members([[video.source] for video in videos]), _members([[video.family, video.host] for video in videos])
     num_rows = max(1, block_bytes // max(descriptors.itemsize * len(videos), 1))
     for start in range(0, len(videos), num_rows):
         for i, cosines in enumerate(descriptors[start : start + num_rows] @ descriptors.T, start):
             own = np.array([i])
             copies = of_source.get(videos[i].source, own)
-            for excluded in (own, copies, of_family.get(videos[i].family, own)):
+            for excluded in (own, copies, *(showing.get(shown, own) for shown in (videos[i].family, videos[i].host))):
                 cosines[excluded] = -np.inf
             near = _best(cosines, asked.num_neighbours)
             cosines[near] = -np.inf
@@ -189,11 +196,11 @@ def _tables(rows: Iterator[dict[str, object]], passed_on: Sequence[str]) -> Iter
         yield pa.Table.from_pylist(part, schema=pa.schema(kinds))
 
 
-def _members(groups: Sequence[str]) -> dict[str, Int[np.ndarray, " m"]]:
-    """Ascending positions of each group; what is empty is in none."""
+def _members(groups: Sequence[Sequence[str]]) -> dict[str, Int[np.ndarray, " m"]]:
+    """Ascending positions of each group; what is empty is none."""
     found: dict[str, list[int]] = {}
-    for i, group in enumerate(groups):
-        if group:
+    for i, of_one in enumerate(groups):
+        for group in {*of_one} - {""}:
             found.setdefault(group, []).append(i)
     return {group: np.array(positions) for group, positions in found.items()}
 

@@ -33,10 +33,14 @@ class Index(Part):
 
 
 class Pairs(Part):
-    """A manifest of pairs for similarity: for each video some of its nearest neighbours, random others, and the copies of its source."""
+    """A manifest of pairs for similarity: for each video some of its nearest neighbours, random others, and the copies of its source.
+
+    `splits`: only videos whose column `split` is one of these.
+    """
 
     out: Place
     num_neighbours: int = Field(default=100, ge=0)
     num_random: int = Field(default=100, ge=0)
     seed: int = Field(default=0, ge=0)
     chunk_size: int = Field(default=16, ge=1)
+    splits: tuple[str, ...] = ()
