@@ -23,7 +23,8 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile --ignore tests/e2e --ignore tests/cluster
+	$(BIN)/pytest -m "not slow" tests/e2e tests/cluster
 
 test-slow: install
 	$(BIN)/pytest -m slow

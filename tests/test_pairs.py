@@ -239,6 +239,6 @@ def test_a_video_is_no_negative_of_what_else_it_shows() -> None:
         1: {2, 3, 4, 5, 6, 7},
         2: {1, 4, 5, 6, 7},
         3: {1, 4, 5, 6, 7},
-        **dict.fromkeys((4, 5), {0, 1, 2, 3, 6, 7}),
-        **dict.fromkeys((6, 7), {0, 1, 2, 3, 4, 5}),
+        **{i: {0, 1, 2, 3, 6, 7} for i in (4, 5)},
+        **{i: {0, 1, 2, 3, 4, 5} for i in (6, 7)},
     }

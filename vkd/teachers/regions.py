@@ -25,7 +25,7 @@ from vkd.whitening import Whiten, Whitening
 
 REGIONS = "regions"
 LITE = "efficientnet_lite0"
-CPU_BATCH_SIZE = 8  # frames whose activations stay in a CPU's cache
+CPU_BATCH_SIZE = 2  # frames: the maps of more leave the cache of a core
 ROUNDING = 1e-6  # of a frame: a span of 2 s that was computed has no ninth frame at 4 a second
 
 
