@@ -56,11 +56,14 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 class Watch(threading.Thread):
-    """Samples this process and all its children: CPU seconds of each (also of those that ended), peak USS, peak shared memory."""
+    """Samples this process and all its children: CPU seconds of each (also of those that ended), peak shared memory, peak USS.
 
-    def __init__(self, period_s: float = 0.5) -> None:
+    Without `memory` no USS: asking for it costs time.
+    """
+
+    def __init__(self, period_s: float = 0.5, memory: bool = True) -> None:
         super().__init__(daemon=True)
-        self.period_s, self._ended = period_s, threading.Event()
+        self.period_s, self.memory, self._ended = period_s, memory, threading.Event()
         self._cpu_s: dict[tuple[int, float], float] = {}
         self._shared_start_bytes = shutil.disk_usage(SHARED_MEMORY).used
         self.peak_uss_bytes = self.peak_shared_bytes = 0
@@ -99,9 +102,9 @@ class Watch(threading.Thread):
         uss = 0
         for process in [me, *me.children(recursive=True)]:
             try:
-                times, memory = process.cpu_times(), process.memory_full_info()
+                times = process.cpu_times()
                 self._cpu_s[process.pid, process.create_time()] = times.user + times.system
-                uss += memory.uss
+                uss += process.memory_full_info().uss if self.memory else 0
             except psutil.Error:
                 continue
         self.peak_uss_bytes = max(self.peak_uss_bytes, uss)

@@ -20,11 +20,11 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from measure import arguments, corpus, finish, spread  # isort: skip  # before torch: it says how OpenMP's threads wait
+from measure import Watch, arguments, corpus, finish, spread  # isort: skip  # before torch: it says how OpenMP's threads wait
 
 import numpy as np
 import ray
@@ -67,19 +67,21 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
     cores = multiprocessing.cpu_count()
     bound = cores / sum(alone.values())
     found: dict[str, Any] = {f"{name}_cpu_s_an_example": value for name, value in alone.items()} | {"bound_examples_per_s": bound}
-    lives, tees = [], []
+    lives, tees, profiles = [], [], list[dict[str, float]]()
     first = _run(folder, "alone", "stored")
     with cluster.session(first.compute):
         for repeat in range(repeats):
             live, tee = trained(_run(folder, f"live{repeat}", "live")), trained(_run(folder, f"tee{repeat}", "tee", epochs=3))
             stored = trained(_run(folder, f"tee{repeat}", "stored", "after", epochs=2))
             lives.append(live["examples_per_s"] / bound)
+            profiles.append(live_profile(live, alone))
             tees.append(tee["wall_s"] / (live["wall_s"] + stored["wall_s"]))
             print(f"repeat {repeat}: live {live}, tee {tee}, stored {stored}", flush=True)
         found |= slow_student(folder) | sleeping(folder)
     second = second_student(_run(folder, "tee0", "stored", "second"))
     return (
         found
+        | {"live_profile": {name: round(statistics.median(each[name] for each in profiles), 3) for name in profiles[0]}}
         | {"live_spread": spread(lives), "tee_spread": spread(tees), "second_student_spread": spread(second)}
         | {"tee_ratio": statistics.median(tees), "second_student_ratio": statistics.median(second), "live_ratio": statistics.median(lives)}
     )
@@ -113,25 +115,46 @@ def stages_alone(folder: Path) -> dict[str, float]:
 def trained(run: Run, after_round: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Wall time of a whole training, and its examples/s from the first label (or round) to the last round."""
     first_s, told = list[float](), list[tuple[float, RoundReport]]()
-    started_s = time.monotonic()
+    started_s, watch = time.monotonic(), Watch(period_s=2.0, memory=False)
+    cpu_s = [watch.cpu_s] * 2  # at the first label, or at the start, and at the last round
 
     def on_round(report: RoundReport) -> None:
         told.append((time.monotonic(), report))
+        cpu_s[1] = watch.cpu_s
         after_round()
 
     def on_labels(report: LabelReport) -> None:
         if not first_s and report.done:
             first_s.append(time.monotonic() - TELL_S)  # the driver looks once in this time
+            cpu_s[0] = watch.cpu_s
 
-    report = training.train(run, on_round, on_labels)
+    with watch:
+        report = training.train(run, on_round, on_labels)
     since_s = first_s[0] if first_s else started_s
     stages = report.efficiency.stages if report.efficiency is not None else {}
     spent = {f"{name}_cpu_s_an_example": stage.cpu_s / report.num_examples for name, stage in stages.items()}
+    window_s = (told[-1][0] - since_s) * multiprocessing.cpu_count()  # of all cores
+    of_stages, of_all = sum(stage.cpu_s for stage in stages.values()) / window_s, (cpu_s[1] - cpu_s[0]) / window_s
     return spent | {
         "wall_s": time.monotonic() - started_s,
         "examples_per_s": report.num_examples / (told[-1][0] - since_s),
         "start_s": since_s - started_s,
+        "cores_in_stages": of_stages,
+        "cores_in_the_rest": of_all - of_stages,
+        "cores_idle": 1 - of_all,
     }
+
+
+def live_profile(live: Mapping[str, float], alone: Mapping[str, float]) -> dict[str, float]:
+    """Where the cores are while labels are made and learned, and how much more each stage spends an example than alone.
+
+    `live_ratio` is about `cores_in_stages` over `stages_against_alone`: what is not there was spent elsewhere, or by stages that
+    share caches and memory with each other.
+    """
+    beside = {name: live[f"{name}_cpu_s_an_example"] for name in alone}
+    more = {f"{name}_against_alone": beside[name] / alone[name] for name in alone}
+    shares = {name: live[name] for name in ("cores_in_stages", "cores_in_the_rest", "cores_idle")}
+    return shares | more | {"stages_against_alone": sum(beside.values()) / sum(alone.values())}
 
 
 def sleeping(folder: Path) -> dict[str, Any]:
