@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,9 +54,9 @@ def of_pairs(fine: FineStudent, pairs: Int[np.ndarray, "k 2"], fetch: Fetch, num
     return Thresholds(calibrate(np.concatenate(scores) / 2 + 0.5, num_videos), float(np.median(cells)))
 
 
-def random_pairs(sources: Sequence[str | None]) -> Int[np.ndarray, "k 2"]:
-    """At most 1000 pairs of different videos that are not known for copies of one source; the same for the same sources."""
-    rng, n = np.random.default_rng(0), len(sources)
+def random_pairs(shown: Sequence[Collection[str]]) -> Int[np.ndarray, "k 2"]:
+    """At most 1000 pairs of different videos that are not known to show the same; always the same for what is `shown`."""
+    rng, n = np.random.default_rng(0), len(shown)
     drawn = rng.integers(0, n, (2 * NUM_PAIRS, 2))
-    apart = dict.fromkeys((i, j) for i, j in drawn.tolist() if i != j and (sources[i] is None or sources[i] != sources[j]))
+    apart = dict.fromkeys((i, j) for i, j in drawn.tolist() if i != j and set(shown[i]).isdisjoint(shown[j]))
     return np.array(list(apart)[:NUM_PAIRS], np.int64).reshape(-1, 2)

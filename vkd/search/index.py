@@ -38,13 +38,13 @@ KEYS = ("format_version", "features", "networks", "encoding", "num_regions", "th
 
 
 class Video(NamedTuple):
-    """A video to index; `name` is what reads its regions, `source` tells which videos are copies of one."""
+    """A video to index; `name` is what reads its regions, `shown` names what it is known to show: its source, a host."""
 
     name: str
     video_id: str
     uri: str
     duration_s: float | None = None
-    source: str | None = None
+    shown: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def build(videos: Sequence[Video], read: Read, networks: Networks, features: Fea
     told: dict[str, Any] = {"format_version": FORMAT_VERSION, "features": vars(features), "networks": networks.digests}
     told |= {"encoding": networks.encoding, "num_regions": read(videos[0].name).shape[1], "num_videos": len(videos), "shards": names}
     index = Index(out, told | {"thresholds": vars(Thresholds())}, networks)
-    pairs = calibration.random_pairs([video.source for video in videos])
+    pairs = calibration.random_pairs([video.shown for video in videos])
     told["thresholds"] = vars(calibration.of_pairs(networks.fine, pairs, index.fetch, len(videos)))
     files.put(files.join(out, INDEX), json.dumps(told, indent=1).encode())  # last: what it names is there
     for name in set() if old is None else set(old["shards"]) - set(names):
@@ -169,8 +169,9 @@ def _write_shard(out: str, name: str, videos: Sequence[Video], codes: Sequence[C
     """Its fine codes first: the other file says that both are there."""
     fine = pa.table({FINE: pa.array([code.fine.tobytes() for code in codes], pa.large_binary())})
     coarse = [code.coarse.astype(np.float32).tobytes() for code in codes]
-    table = {name: pa.array([getattr(video, name) for video in videos], pa.string()) for name in (schema.VIDEO_ID, schema.URI, "source")}
+    table = {name: pa.array([getattr(video, name) for video in videos], pa.string()) for name in (schema.VIDEO_ID, schema.URI)}
     table |= {
+        "shown": pa.array([list(video.shown) for video in videos], pa.list_(pa.string())),
         schema.DURATION_S: pa.array([video.duration_s for video in videos], pa.float64()),
         COARSE: pa.array(coarse, pa.binary(len(coarse[0]))),
         SELECTOR: pa.array([code.selector for code in codes], pa.float32()),

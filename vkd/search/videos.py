@@ -26,6 +26,8 @@ from vkd.video.settings import Settings
 
 REGIONS = "regions"
 
+SHOWN = ("source", "family", "host")  # columns of copies: what a video shows
+
 
 def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
     """All labelled videos of a run, each once, and the label set of their regions. Raises LabelsMissing when a chunk lacks."""
@@ -45,7 +47,8 @@ def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
             if status[row] == schema.LABELLED:
                 name = f"{chunk.shard}/{chunk.index * plan.chunk_size + row}"
                 video_id, uri, duration_s = (example[key] for key in (schema.VIDEO_ID, schema.URI, schema.DURATION_S))
-                videos.setdefault(video_id, Video(name, video_id, uri, duration_s, example.get("source")))
+                shown = sorted({example[key] for key in SHOWN if example.get(key)})
+                videos.setdefault(video_id, Video(name, video_id, uri, duration_s, shown))
     fps = _sampling(teacher, alias).fps
     assert fps is not None
     return list(videos.values()), label_set, Features(label_set.spec.name, fps, spec.model_dump(mode="json"))

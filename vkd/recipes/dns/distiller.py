@@ -65,9 +65,10 @@ class TripletDistiller(SimilarityDistiller):
 
 
 class SelectorDistiller(Distiller):
-    """A selector that learns for which pairs the coarse score is far from the fine one."""
+    """A selector that learns for which pairs the coarse score is far from the fine one, which the coarse score alone tells in part."""
 
     student: Selector
+    unpaired = ("cross_entropy",)
 
     def __init__(self, student: Selector, recipe: DnS) -> None:
         super().__init__()
