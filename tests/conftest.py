@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,21 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return int(stop.value.code or 0), *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labelling runs chunk by chunk in this process, on what looks like one node of two cores."""
+    import small
+
+    from vkd import cluster, execution, resources, trial
+    from vkd.placement import Node
+
+    monkeypatch.setattr(execution, "execute", small.execute)
+    monkeypatch.setattr(cluster, "session", lambda compute: nullcontext())
+    monkeypatch.setattr(resources, "cluster_nodes", lambda: [Node({"CPU": 2.0}, {})])
+    monkeypatch.setattr(resources, "wait_until_free", lambda asked: None)
+    monkeypatch.setattr(trial, "_seconds_of_an_actor", lambda: 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -140,6 +140,26 @@ class TinyRegions(TinyTeacher):
         return {"regions": ragged}
 
 
+class Words(TinyTeacher):
+    """Reads no frames: says how long each word of the column `others` is, and NaN of a `?`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sampling = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("others",)
+
+    @property
+    def emits(self) -> Mapping[str, TensorType]:
+        return {"scores": TensorType("float32", (None,))}
+
+    def __call__(self, batch: Columns) -> dict[str, Any]:
+        texts = batch["others"].tolist()
+        return batch | {"scores": [np.array([np.nan if w == "?" else len(w) for w in text.split()], np.float32) for text in texts]}
+
+
 class NotFinite(TinyTeacher):
     """Answers its probe, and NaN for every clip but the first of a batch."""
 

@@ -19,6 +19,7 @@ from vkd.planning import Plan
 from vkd.run import Run, parse
 from vkd.schema import Columns, TensorType
 from vkd.store.labelset import ChunkRows, LabelSet, Reject
+from vkd.students import STUDENTS
 from vkd.teachers.base import Teacher
 
 NUM_REGIONS, NUM_DIMS = 2, 16
@@ -92,6 +93,6 @@ def exported(folder: Path, name: str, features: str, seed: int = 0, **options: o
     """The folder of a similarity student with random weights that knows these features."""
     torch.manual_seed(seed)
     spec = ModelSpec(name=name, options={"num_dims": NUM_DIMS, "size": "small", **options})
-    student = models.build(spec, {}, "student")
+    student = models.build(spec, STUDENTS, "student")
     checkpoint.export(student, spec, str(folder), {"features": features})
     return str(folder)

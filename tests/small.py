@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,19 @@ def job_of(run: Run, retry: Retry | None = None) -> Job:
 def label(run: Run, retry: Retry | None = None) -> Job:
     """Label what lacks, or rejects again, chunk by chunk in this process."""
     job = job_of(run, retry)
+    for _ in execute(job):
+        pass
+    return job
+
+
+def execute(job: Job, *_: object) -> Iterator[Tree]:
+    """What Ray's workers do, in this process: the statistics of each chunk as it is committed."""
     teach = {alias: Teach(job, alias, 1, last=alias == list(job.teachers)[-1]) for alias in job.teachers}
     for number in range(len(job.items)):
         batch = decoded(job, number)
         for teacher in teach.values():
             batch = teacher(batch)
-    return job
+        yield stats_of(batch)
 
 
 def decoded(job: Job, number: int = 0) -> Columns:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import paired
 import pytest
 import small
 import torch
@@ -20,6 +21,7 @@ from vkd.models import ModelSpec
 from vkd.store import files
 from vkd.students import STUDENTS
 from vkd.students.base import Student
+from vkd.students.selector import Selector
 
 SPEC = ModelSpec(name="shift_cnn", options={"num_frames": 2, "size_px": 16})
 HEADS = {"logits": 3}
@@ -227,6 +229,34 @@ def test_a_damaged_export_says_so(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-100])
     with pytest.raises(StorageError, match=f"{name} is damaged"):
         checkpoint.load_student(str(tmp_path))
+
+
+def test_a_similarity_student_loads_alone_and_as_nothing_else(tmp_path: Path) -> None:
+    fine, frames = paired.exported(tmp_path / "fine", "fine", "regions-1"), str(tmp_path / "frames")
+    checkpoint.export(student_of(0), SPEC, frames, {})
+    loaded = checkpoint.load_similarity(fine)
+    assert not loaded.training
+    assert checkpoint.read_export(fine)[0]["features"] == "regions-1"
+    selector = paired.exported(tmp_path / "selector", "selector", "regions-1")
+    assert isinstance(checkpoint.load_similarity(selector), Selector)
+    for load, folder, what in (
+        (checkpoint.load_similarity, frames, "'shift_cnn' is no such student -> name the folder of one that learned similarity"),
+        (checkpoint.load_student, fine, "'fine' is no such student"),
+        (checkpoint.load_similarity, str(tmp_path / "none"), "holds no exported student -> vkd distill RUN"),
+    ):
+        with pytest.raises(ConfigError, match=what) as raised:
+            load(folder)
+        assert raised.value.where == folder
+    files.put(f"{fine}/{WEIGHTS}", files.read(f"{selector}/{WEIGHTS}"))
+    with pytest.raises(ConfigError, match="the weights do not fit the model"):
+        checkpoint.load_similarity(fine)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "{", '{"student": {"name": 3}}', "\x00"])
+def test_an_export_that_tells_no_student_is_damaged(tmp_path: Path, text: str) -> None:
+    (tmp_path / CONFIG).write_text(text)
+    with pytest.raises(StorageError, match=f"{CONFIG} is damaged"):
+        checkpoint.read_export(str(tmp_path))
 
 
 def test_weights_of_another_model_are_refused(saved: str) -> None:

@@ -94,6 +94,29 @@ def test_a_workflow_is_submitted_whole(project: Path) -> None:
     assert "'second' is relative" in refused(verb="run", path="two runs.yaml")
 
 
+@pytest.mark.parametrize(
+    ("step", "override", "key"),
+    [
+        ("label", "recipe.models.regions.whitening=runs/w", "recipe.models.regions.whitening"),
+        ("label", "whitening={out: runs/w}", "whitening.out"),
+        ("label", "index={out: s3://b/i, coarse: runs/c, fine: s3://b/f, selector: s3://b/s}", "index.coarse"),
+        ("dns", "recipe.teacher.path=runs/a/student", "recipe.teacher.path"),
+        ("dns", "recipe.coarse={name: pair_scores, store: runs/labels, path: s3://b/c}", "recipe.coarse.store"),
+    ],
+)
+def test_a_step_of_a_workflow_names_no_relative_place(project: Path, step: str, override: str, key: str) -> None:
+    """What a run reads of those before it must be found on every node."""
+    regions = {"name": "regions", "whitening": f"{BUCKET}/whitening"}
+    scores = {"name": "pair_scores", "store": f"{BUCKET}/labels", "path": f"{BUCKET}/teacher/student"}
+    small.write(tree() | {"recipe": {"name": "label", "models": {"regions": regions}}}, project / "label.yaml")
+    student = {"name": "fine", "num_dims": 16, "size": "small"}
+    small.write(tree() | {"recipe": {"name": "dns", "teacher": scores, "student": student}}, project / "dns.yaml")
+    small.write({"runs": [{"run": "label.yaml"}, {"run": "dns.yaml"}]}, project / "chain.yaml")
+    assert prepare("run", "chain.yaml", []).run_files == ("chain.yaml", "label.yaml", "dns.yaml")
+    small.write({"runs": [{"run": "run.yaml"}, {"run": f"{step}.yaml", "set": [override]}]}, project / "chain.yaml")
+    assert f"{step}.yaml: {key}: 'runs/" in refused(verb="run", path="chain.yaml")
+
+
 # what is refused
 
 
@@ -109,6 +132,10 @@ def test_a_workflow_is_submitted_whole(project: Path) -> None:
         (["data.source=videos.txt"], ["data.source: 'videos.txt' is relative"]),
         (["data.allow=[/shared, here]"], ["data.allow: 'here' is relative"]),
         (["probe={out: probe.safetensors}"], ["probe.out: 'probe.safetensors' is relative"]),
+        (
+            ["recipe.teacher={name: student, path: runs/a/student}"],
+            ["recipe.teacher.path: 'runs/a/student' is relative", "recipe.teacher.path=s3"],
+        ),
         (["output=s3://BUCKET/x"], ["names no bucket", "output=s3://YOUR-BUCKET/..."]),
         (["compute.address=10.0.0.1:6379"], ["compute.address", "vkd submit --address"]),
     ],

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fakes
 import numpy as np
+import paired
 import pytest
 import small
 
+from vkd import derived
 from vkd.errors import LabelsMismatch, LabelsMissing, TeacherError
 from vkd.planning import FRAMES_ALIAS
-from vkd.run import Run
-from vkd.schema import ATTEMPTS, FRAMES, LABELLED, REJECTED, STATUS, Columns
+from vkd.run import Run, parse
+from vkd.schema import ATTEMPTS, FRAMES, LABELLED, REJECTED, STATUS, VIDEO_ID, Columns
 from vkd.stages import REJECT, Job
 from vkd.store.encodings import decode
 from vkd.store.labelset import LabelSet
 from vkd.teaching import Teach
+from vkd.video.guard import Guard
 
 
 @pytest.fixture
@@ -96,9 +101,69 @@ def test_a_teacher_that_breaks_its_contract_labels_nothing(run: Run, name: str, 
 def test_labels_of_another_shape_are_refused(run: Run) -> None:
     job = small.job_of(small.changed(run, "recipe.teacher='fakes:WrongOnClips'"))
     teach = Teach(job, "teacher", 1, last=True)
-    with pytest.raises(TeacherError, match=r"teacher: logits has shape \(5, 4\), not \(5,\) a row -> mend emits"):
+    with pytest.raises(TeacherError, match=r"teacher: logits has 5 rows of \(4,\), not 5 of \(5,\) -> mend emits"):
         teach(small.decoded(job))
     assert len(small.missing(job, "teacher")) == 5
+
+
+def regions_of(run: Run, folder: Path) -> Job:
+    """The labelling of an empty store by a teacher whose labels are ragged."""
+    recipe = "recipe={name: label, models: {teacher: 'fakes:TinyRegions'}}"
+    return small.job_of(small.changed(run, recipe, "labels.encodings={}", f"labels.store={folder}", "data.keep_frames=none"))
+
+
+def test_ragged_labels_are_committed_and_read_back(spoiled: Run, tmp_path: Path) -> None:
+    job = regions_of(spoiled, tmp_path)
+    teach, batch = Teach(job, "teacher", 1, last=True), small.decoded(job, 1)
+    stats = small.stats_of(teach(batch))
+    assert (stats["labelled"], stats["rejected"]) == (3, {"not_a_video": 2})
+    read = decode(small.committed(job, "teacher", 1), "regions")
+    expected = fakes.TinyRegions()({FRAMES: batch[f"{FRAMES}.0"]})["regions"]
+    assert [x.shape for x in read] == [(2, 9, 8)] * 3 + [(0, 9, 8)] * 2
+    for got, said in zip(read[:3], expected, strict=False):
+        np.testing.assert_allclose(got, said, atol=1e-3)
+    assert stats["statistics"]["teacher.regions"]["clips"] == 3 and stats["fidelity"]["teacher.regions"]["cosine_min"] > 0.999
+    nothing = small.stats_of(teach(small.decoded(job, 2)))
+    assert (nothing["labelled"], nothing["rejected"], nothing["statistics"]) == (0, {"not_a_video": 5}, {})
+    assert small.committed(job, "teacher", 2)[STATUS].to_pylist() == [REJECTED] * 5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda rows: [row[:, 1:] for row in rows], r"5 rows of \(2, 8, 8\)"),
+        (lambda rows: [row[0, 0, 0] for row in rows], r"5 rows of \(\)"),
+        (lambda rows: rows[1:], r"4 rows of \(2, 9, 8\)"),
+    ],
+)
+def test_ragged_labels_of_another_shape_are_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[np.ndarray], Any], told: str
+) -> None:
+    job, answer = regions_of(run, tmp_path), fakes.TinyRegions.labels
+    teach = Teach(job, "teacher", 1, last=True)
+    monkeypatch.setattr(fakes.TinyRegions, "labels", lambda self, frames: {"regions": spoil(answer(self, frames)["regions"])})
+    with pytest.raises(TeacherError, match=rf"^teacher: regions has {told}, not 5 of \(None, 9, 8\) -> mend emits"):
+        teach(small.decoded(job))
+    assert len(small.missing(job, "teacher")) == 5
+
+
+def test_a_teacher_without_frames_is_labelled_without_a_decoder_and_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says of a text may be nothing."""
+    monkeypatch.setattr(Guard, "_request", None)
+    texts = ["a bb ccc", "", "a ?", "?", "? b"]
+    rows = [{VIDEO_ID: f"v{i}", "others": text} for i, text in enumerate(texts)]
+    derived.write(f"{tmp_path}/manifest", [paired.table_of(rows)], 3, ["test"])
+    tree = small.tree_of(tmp_path) | {"data": {"manifest": f"{tmp_path}/manifest"}, "labels": {"store": f"{tmp_path}/labels"}}
+    job = small.job_of(parse(tree | {"recipe": {"name": "label", "models": {"teacher": "fakes:Words"}}}))
+    assert (job.decoding.samplings, job.column) == ((), {})
+    teach = Teach(job, "teacher", 1, last=True)
+    first, second = (small.stats_of(teach(small.decoded(job, number))) for number in range(2))
+    assert (first["labelled"], first["rejected"]) == (2, {"not_finite": 1})
+    assert (second["labelled"], second["rejected"], second["statistics"]) == (0, {"not_finite": 2}, {})
+    said = first["statistics"]["teacher.scores"]
+    assert (said["norm_mean"], said["distinct"]) == (1.0, 2)  # means of 2 and of nothing
+    assert [x.tolist() for x in decode(small.committed(job, "teacher", 0), "scores")] == [[1, 2, 3], [], []]
+    assert small.missing(job, "teacher") == []
 
 
 def test_a_node_with_other_weights_is_refused(run: Run, tmp_path: Path) -> None:

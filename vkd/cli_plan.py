@@ -52,16 +52,23 @@ def _show(screen: Screen, report: PlanReport) -> None:
     for name, text in report.checks.items():
         screen.line(f"ok  {name:10s} {text}")
     told, work = report.forecast, report.forecast.work
-    counts = [*((stage, work.to_label) for stage in told.stages), (told.student, work.to_train * work.epochs)]
+    count = {told.student.name: work.to_train * work.epochs}
     rows = [
-        (s.name, str(s.num_workers), f"{1e3 * s.busy_s:.0f}", f"{1e3 * s.cpu_s:.0f}", _time(s.busy_s * count / s.num_workers))
-        for s, count in counts
+        (
+            s.name,
+            str(s.num_workers),
+            f"{1e3 * s.busy_s:.0f}",
+            f"{1e3 * s.cpu_s:.0f}",
+            _time(s.busy_s * count.get(s.name, work.to_label) / s.num_workers),
+        )
+        for s in told.workers
     ]
     screen.table(f"measured on {report.trial.num_clips} clips", ("stage", "workers", "ms a clip", "CPU ms a clip", "alone"), rows)
-    parts = f"start {_time(told.start_s)}, labels {_time(told.label_s)}, an epoch {_time(told.epoch_s)}"
-    screen.line(f"time: {_time(told.total_s)} ({parts}; {work.epochs:g} epochs; without manifest and evaluation)")
-    balanced = ", ".join(f"{count} x {name}" for name, count in told.balanced().items())
-    screen.line(f"slowest: {told.bottleneck}; balanced to {told.stages[-1].name}: {balanced}")
+    training = f", an epoch {_time(told.epoch_s)}; {work.epochs:g} epochs; without manifest and evaluation" if work.to_train else ""
+    screen.line(f"time: {_time(told.total_s)} (start {_time(told.start_s)}, labels {_time(told.label_s)}{training})")
+    if told.stages and (work.to_label or work.to_train):
+        balanced = ", ".join(f"{number} x {name}" for name, number in told.balanced().items())
+        screen.line(f"slowest: {told.bottleneck}; balanced to {told.stages[-1].name}: {balanced}")
     stored, network = f"{told.storage_bytes() / 1e6:.1f} MB in the store", f"{report.network_bytes / 1e6:.1f} MB read and written"
     screen.line(f"bytes: {work.label_bytes:.0f} of labels and {work.frame_bytes:.0f} of frames a clip; {stored}; {network}")
 
@@ -81,7 +88,7 @@ def _show_money(screen: Screen, report: PlanReport, costs: list[GroupCost], pric
 def _json(report: PlanReport, costs: list[GroupCost]) -> dict[str, Any]:
     told = report.forecast
     seconds = {"start_s": told.start_s, "label_s": told.label_s, "epoch_s": told.epoch_s, "total_s": told.total_s}
-    stages = [vars(stage) for stage in [*told.stages, told.student]]
+    stages = [vars(stage) for stage in told.workers]
     sizes = {"storage_bytes": told.storage_bytes(), "network_bytes": report.network_bytes}
     money = [vars(cost) for cost in costs]
     known = {"checks": report.checks, "work": vars(told.work), "stages": stages, "num_clips_measured": report.trial.num_clips}

@@ -54,6 +54,11 @@ class Forecast:
     start_s: float
 
     @property
+    def workers(self) -> Sequence[StageCost]:
+        """All stages, and the student when there is anything to train."""
+        return [*self.stages, *([self.student] if self.work.to_train else [])]
+
+    @property
     def label_s(self) -> float:
         """Labelling alone."""
         return self._together(self.stages) + self._fill_s
@@ -72,7 +77,7 @@ class Forecast:
     def _fill_s(self) -> float:
         """One chunk on its way through the stages that wait for the slowest."""
         busy_s = [stage.busy_s for stage in self.stages]
-        return min(self.work.to_label, self.work.chunk_size) * (sum(busy_s) - max(busy_s))
+        return min(self.work.to_label, self.work.chunk_size) * (sum(busy_s) - max(busy_s, default=0.0))
 
     def _together(self, stages: Sequence[StageCost]) -> float:
         """Seconds of stages that run side by side: none is faster than its workers, nor all of a group than its cores."""
@@ -106,7 +111,9 @@ class Forecast:
         return f"cores{f' of {group}' if group else ''}"
 
     def balanced(self) -> dict[str, int]:
-        """Workers of each labelling stage with which all take as long as the last of them, the dearest, does as it is."""
+        """Workers of each labelling stage with which all take as long as the last of them, the dearest, does as it is; none without."""
+        if not self.stages:
+            return {}
         target_s = self.stages[-1].busy_s / self.stages[-1].num_workers
         return {stage.name: max(1, math.ceil(stage.busy_s / max(target_s, 1e-9))) for stage in self.stages}
 

@@ -62,6 +62,9 @@ def compact(run: Run) -> int:
 
 def distill(run: Run, watch: Watcher) -> TrainReport:
     """Train the student, from the newest checkpoint on, and export it; teachers label meanwhile what lacks, unless labels are `stored`."""
+    if not run.recipe.trains:
+        action = "vkd label RUN, or choose a recipe with a student"
+        raise ConfigError(f"recipe {run.recipe.name!r} trains nothing", where="recipe.name", action=action)
     if run.labels.mode != "stored":
         check_decoder()
         build_manifest(run, watch)

@@ -40,16 +40,18 @@ def preflight(run: Run, fraction: float, progress: Callable[[LabelReport], None]
         "manifest": f"{Manifest.load(run.data.manifest).num_videos} videos, {plan.num_examples} clips in {len(plan.chunks)} chunks",
         "labels": f"{work.to_label} to label of {plan.num_examples * run.data.views.count}; sets {_sets(run, specs)}",
     }
-    if run.labels.mode == "stored" and work.to_label and not run.labels.allow_partial:
+    if run.recipe.trains and run.labels.mode == "stored" and work.to_label and not run.labels.allow_partial:
         what = f"labels of {work.to_label} clips are missing, and labels.mode is stored"
         raise LabelsMissing(what, where=run.store, action="vkd label RUN, or set labels.mode=tee")
     measured = trial.measure(run, plan, fraction, progress)
-    checks["teachers"] = f"{', '.join(run.recipe.teachers)}: answered {measured.num_clips} clips as they should"
-    checks["student"] = "trains on what they said"
+    if run.recipe.teachers:
+        checks["teachers"] = f"{', '.join(run.recipe.teachers)}: answered {measured.num_clips} clips as they should"
+    if run.recipe.trains:
+        checks["student"] = "trains on what they said" if run.recipe.teachers else "trains without a teacher"
     work = replace(work, label_bytes=measured.label_bytes, frame_bytes=measured.frame_bytes)
     forecast = Forecast(measured.stages, measured.student, work, measured.cores, before_s + measured.start_s)
     checks["storage"] = _storage(run, forecast)
-    checks["resources"] = ", ".join(f"{stage.num_workers} x {stage.name}" for stage in [*measured.stages, measured.student])
+    checks["resources"] = ", ".join(f"{stage.num_workers} x {stage.name}" for stage in forecast.workers)
     return PlanReport(checks, measured, forecast, _network_bytes(run, plan, work))
 
 
@@ -62,8 +64,8 @@ def _work(run: Run, plan: Plan) -> Work:
     to_label = sum(worklist.num_rows(plan, item) for item in items)
     if run.labels.mode == "live":  # each epoch anew
         to_label = plan.num_examples
-    to_train = sum(map(len, plan.rows(TRAIN)))
-    epochs = max(0.0, run.train.epochs - position.num_examples / max(to_train, 1))
+    to_train = sum(map(len, plan.rows(TRAIN))) if run.recipe.trains else 0
+    epochs = max(0.0, run.train.epochs - position.num_examples / to_train) if to_train else 0.0
     return Work(to_label, to_train, epochs, run.labels.mode, 0.0, 0.0, plan.chunk_size)
 
 

@@ -22,6 +22,8 @@ VERBS = ("run", "label", "distill", "evaluate", "plan", "verify")
 PLACES = (
     *("output", "data.manifest", "data.source", "data.allow", "data.copies.out", "data.copies.distractors", "labels.store"),
     *("probe.out", "whitening.out", "pairs.out", "index.out", "index.coarse", "index.fine", "index.selector"),
+    *("recipe.*.path", "recipe.*.store", "recipe.*.whitening"),  # what other runs made, and teachers read
+    *("recipe.models.*.path", "recipe.models.*.store", "recipe.models.*.whitening"),
 )
 PLACEHOLDER = "://BUCKET"
 MAX_NAME_CHARS = 40
@@ -113,9 +115,8 @@ def _check(run: Run, path: str) -> None:
 def _check_places(tree: Mapping[str, Any], path: str) -> Iterator[str]:
     """A note when there are local places. Raises ConfigError for one that would lie in the unpacked package, on one node."""
     local = []
-    for key in PLACES:
-        value = _look_up(tree, key)
-        for place in [value] if isinstance(value, str) else value or ():
+    for key, value in (found for pattern in PLACES for found in _look_up(tree, pattern)):
+        for place in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
             if PLACEHOLDER in place:
                 raise ConfigError(f"{key}: {place!r} names no bucket", where=path, action=f"add {key}=s3://YOUR-BUCKET/...")
             if "://" not in place and not place.startswith("/"):
@@ -128,10 +129,12 @@ def _check_places(tree: Mapping[str, Any], path: str) -> Iterator[str]:
         yield f"note: {', '.join(dict.fromkeys(local))}: a path of a file system, where every node must find the same folder"
 
 
-def _look_up(tree: Any, key: str) -> Any:
-    for name in key.split("."):
-        tree = tree.get(name) if isinstance(tree, Mapping) else None
-    return tree
+def _look_up(tree: Any, pattern: str) -> Iterator[tuple[str, Any]]:
+    """The keys of a tree that a pattern, in which `*` is any name, fits, each with its value."""
+    name, dot, rest = pattern.partition(".")
+    names = [] if not isinstance(tree, Mapping) else [*tree] if name == "*" else [name] if name in tree else []
+    for found in names:
+        yield from ((f"{found}.{key}", value) for key, value in _look_up(tree[found], rest)) if dot else [(found, tree[found])]
 
 
 def _digest(text: str) -> str:

@@ -99,7 +99,7 @@ class Teach:
     def _check_shapes(self, name: str, tensor: TensorType, answered: Sequence[np.ndarray] | np.ndarray, num_rows: int) -> None:
         shapes = {np.shape(answer) for answer in answered}
         if len(answered) != num_rows or any(shape != _shape(tensor, *shape[:1]) for shape in shapes):
-            what = f"{name} has {len(answered)} rows of {sorted(map(str, shapes))}, not {num_rows} of {tensor.shape}"
+            what = f"{name} has {len(answered)} rows of {', '.join(sorted(map(str, shapes)))}, not {num_rows} of {tensor.shape}"
             raise TeacherError(what, where=self.alias, action="mend emits")
 
     def _inputs(self, given: Columns, ids: Sequence[str], rows: Sequence[int]) -> np.ndarray:
@@ -184,8 +184,10 @@ def _shape(tensor: TensorType, length: int = 0) -> tuple[int, ...]:
 
 
 def _flat(rows: Sequence[np.ndarray], tensor: TensorType) -> np.ndarray:
-    """[n, d]: a row each, of a ragged one its mean."""
-    return np.stack([row.mean(axis=0).ravel() if tensor.ragged else row.ravel() for row in rows])
+    """[n, d]: a row each, of a ragged one its mean, zeros when it is empty."""
+    if not tensor.ragged:
+        return np.stack([row.ravel() for row in rows])
+    return np.stack([row.sum(axis=0).ravel() / max(len(row), 1) for row in rows])
 
 
 def thumbnails(frames: np.ndarray) -> np.ndarray:

@@ -145,12 +145,12 @@ def list_rejects(run: Run) -> list[Rejected]:
 
 
 def _rejects_of(plan: Plan, label_set: LabelSet, view: int, chunk: Chunk) -> list[Rejected]:
-    examples = plan.examples(chunk).select([schema.URI, schema.START_S]).to_pylist()
+    examples = plan.examples(chunk).to_pylist()
     reasons = (schema.REJECT_STAGE, schema.REJECT_KIND, schema.REJECT_MESSAGE, schema.REJECT_PERMANENT)
     rows = label_set.read(view, chunk).select([schema.STATUS, *reasons, schema.ATTEMPTS, schema.REJECT_DECODER]).to_pylist()
     return [
         Rejected(
-            example[schema.URI],
+            example.get(schema.URI, example[schema.VIDEO_ID]),  # pairs of videos have none
             row[schema.REJECT_STAGE],
             row[schema.REJECT_KIND],
             row[schema.REJECT_MESSAGE],
@@ -191,7 +191,8 @@ def _label_again(run: Run, plan: Plan, teacher: Teacher, label_set: LabelSet, nu
         answered = teacher(given)
         for name in teacher.emits:
             stored = np.asarray(decode(table, name, np.array([row]))[0])
-            agreement = cosine(_comparable(answered[name][0], label_set, name), stored.ravel())
+            made = _comparable(answered[name][0], label_set, name)
+            agreement = cosine(made, stored.ravel()) if made.size == stored.size else 0.0  # a ragged one may have another length
             lowest[name] = min(lowest.get(name, agreement), agreement)
     return {f"{label_set.spec.alias}.{name}": value for name, value in lowest.items()}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from vkd.recipes.base import Batch
 from vkd.recipes.dns import DnS
 from vkd.recipes.dns.batches import MASK, REGIONS
 from vkd.recipes.dns.distiller import SelectorDistiller, SimilarityDistiller, TripletDistiller, repeated
-from vkd.run import Run, parse
+from vkd.run import Run, dump, parse
 from vkd.schema import WEIGHT
 from vkd.steps import Pairs
 from vkd.store.labelset import ChunkRows, LabelSet
+from vkd.verification import list_rejects
 
+Main = Callable[..., tuple[int, str, str]]
 NUM_SOURCES, COPIES = 6, 3
 SMALL = {"num_dims": paired.NUM_DIMS, "size": "small"}
 FINE = {"name": "fine", **SMALL}
@@ -221,3 +224,40 @@ def test_the_chain_goes_through_and_each_run_only_once(folder: Path) -> None:
     both = {"teacher": scores_of(folder, fine), "coarse": scores_of(folder, coarse)}
     trained("selector", {"name": "selector"}, **both, threshold=0.05)
     assert done == ["visil", "fine", "coarse", "selector"]
+
+
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_runs_of_pairs_are_planned_verified_and_exported(main: Main, folder: Path, tmp_path: Path, with_teacher: bool) -> None:
+    """With a teacher of pairs, and with none: what training reads of the store is not in the scratch folder of a plan."""
+    teacher = {"teacher": scores_of(folder, kind="mean"), "min_positive": 0.5} if with_teacher else {}
+    run = small.changed(run_of(folder, f"verbs{with_teacher}", FINE, **teacher), "labels.mode=tee", f"output={tmp_path}/out")
+    path = tmp_path / "run.yaml"
+    path.write_text(dump(run))
+    code, out, err = main("plan", path, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert [stage["name"] for stage in told["stages"]] == [*(["decode", "teacher"] if with_teacher else []), "student"]
+    assert told["epoch_s"] > 0 and (told["label_s"] > 0) == with_teacher
+    assert ("teachers" in told["checks"]) == with_teacher and not list((tmp_path / "out").glob("*"))
+    if with_teacher:
+        assert main("label", path)[0] == 0
+    assert main("distill", path)[0] == 0
+    code, out, err = main("verify", path, "--rejects", "--json")
+    found = json.loads(out)
+    assert (code, found["ok"], found["rejects"]) == (0, True, []), err
+    assert found["agreement"] == ({"teacher.scores": pytest.approx(1, abs=1e-5)} if with_teacher else {})
+    assert main("export", path, tmp_path / "again")[0] == 0
+    trained, again = (checkpoint.load_similarity(str(place)).state_dict() for place in (tmp_path / "out" / "student", tmp_path / "again"))
+    torch.testing.assert_close(dict(again), dict(trained), rtol=0, atol=0)
+    code, out, _ = main("evaluate", path)
+    assert code == 0 and "held-out accuracy" in out
+    assert main("labels", "ls", f"{folder}/labels")[0] == main("status", f"{folder}/labels")[0] == 0
+
+
+def test_rejected_pairs_are_listed_by_their_ids(scored: Run, tmp_path: Path) -> None:
+    run = small.copied(scored, tmp_path)
+    plan, sets = open_sets(run, Plan.of(run))
+    first = plan.examples(plan.chunks[0])
+    sets["teacher"].forget(0, plan.chunks[0], first["example_id"].to_pylist()[:1])
+    assert [(reject.clip, reject.kind) for reject in list_rejects(run)] == [(first["video_id"][0].as_py(), "forgotten")]

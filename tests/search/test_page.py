@@ -79,6 +79,12 @@ def test_a_match_shows_both_segments_and_others_none(small_videos: Path) -> None
     assert not re.search(r"(src|href)=\"(?!data:)", text)
 
 
+def test_a_match_may_have_no_segment() -> None:
+    told = Hit("a" * 16, "a.mp4", 4.0, 0.75, True, True, None)
+    text = page("q.mp4", [told], thumbnails("q.mp4", [told], Access()))
+    assert "1 of 1 match" in text and "no part stands out" in text and "<img" not in text
+
+
 def test_no_match_is_said(small_videos: Path) -> None:
     hits = [hit("a.mp4", None)]
     assert "no match" in page("q.mp4", hits, thumbnails("q.mp4", hits, Access()))

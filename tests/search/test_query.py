@@ -107,3 +107,5 @@ def test_a_segment_ends_with_the_video(tmp_path: Path) -> None:
     short = READ["shard/3"]
     (hit,) = (hit for hit in search(index, short, 1.0, 8) if hit.uri == "shard/3.mp4")
     assert hit.segment == (0.0, 3.0, 0.0, 3.0)
+    (hit,) = (hit for hit in search(index, short[[2, 0, 1]], 1.0, 8) if hit.uri == "shard/3.mp4")
+    assert hit.segment == (1.0, 3.0, 0.0, 2.0)  # frames 2, 3 and 4 would be all of the query

@@ -52,6 +52,8 @@ def page(query_uri: str, hits: Sequence[Hit], strips: Sequence[tuple[Strip, Stri
         if hit.segment is not None:
             s = hit.segment
             parts.append(_strip("query", s.query_start_s, s.query_end_s, of_query) + _strip("found", s.start_s, s.end_s, of_hit))
+        elif hit.matches:
+            parts.append("<p>alike as a whole; no part stands out</p>")
     return "\n".join(parts)
 
 

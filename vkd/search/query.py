@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -65,8 +66,8 @@ def search(index: Index, query_regions: Float[np.ndarray, "t r d"], budget: floa
     hits = []
     for number, codes, fine_score, row in zip(best.tolist(), best_codes, fine, index.videos.take(best).to_pylist(), strict=True):
         matches = bool(fine_score >= index.thresholds.match)
-        block = _block(index, query, codes) if matches else None
         duration_s = row[schema.DURATION_S]
+        block = _block(index, query, len(query_regions), codes, duration_s) if matches else None
         segment = None if block is None else _seconds(block, index.features.fps, query_s, duration_s)
         found = float(ranking.scores[number]), bool(ranking.is_fine[number])
         hits.append(Hit(row[schema.VIDEO_ID], row[schema.URI], duration_s, *found, matches, segment))
@@ -110,13 +111,15 @@ def _fetched_scores(index: Index, query: Codes, videos: Int[np.ndarray, " k"]) -
     return comparison.scores(index.networks.fine, query.fine, index.fetch(videos))
 
 
-def _block(index: Index, query: Codes, codes: np.ndarray) -> Block | None:
-    similarity = comparison.frames(index.networks.fine, query.fine, codes)
+def _block(index: Index, query: Codes, query_frames: int, codes: np.ndarray, duration_s: float | None) -> Block | None:
+    """Among frames that are real: short videos are repeated."""
+    frames = len(codes) if duration_s is None else max(1, math.ceil(duration_s * index.features.fps))
+    similarity = comparison.frames(index.networks.fine, query.fine, codes)[:query_frames, :frames]
     return segments.best_block(similarity.numpy(), index.thresholds.cell)
 
 
 def _seconds(block: Block, fps: float, query_s: float, duration_s: float | None) -> Segment:
-    """A block in seconds: no later than the videos end, since short ones are repeated."""
+    """A block in seconds: no later than the videos end, which may be within a frame's time."""
     end_s = block.target_end / fps if duration_s is None else min(block.target_end / fps, duration_s)
     query_start_s, query_end_s = (min(frame / fps, query_s) for frame in (block.query_start, block.query_end))
     return Segment(query_start_s, query_end_s, min(block.target_start / fps, end_s), end_s)

@@ -60,7 +60,7 @@ def array_of(told: Mapping[str, Any]) -> np.ndarray:
 
 def described(spec: LabelSetSpec) -> str:
     """What a label set is, in one line."""
-    teacher, sampling = spec.fields.get("teacher", {}), spec.fields.get("sampling", {})
+    teacher, sampling = spec.fields.get("teacher", {}), spec.fields.get("sampling") or {}
     maker = f"{teacher['name']} v{teacher['version']}: " if {"name", "version"} <= teacher.keys() else ""
     labels = ", ".join(f"{name} {encoding}" for name, encoding in spec.encodings.items())
     seen = f"; {sampling['num_frames']} frames of {sampling['size_px']} px" if {"num_frames", "size_px"} <= sampling.keys() else ""
