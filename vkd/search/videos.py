@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from vkd import models, planning, schema
 from vkd.clips import ClipPlan, Sampling, ViewPolicy, plan_examples
-from vkd.errors import ConfigError, LabelsMissing, VideoError
+from vkd.errors import ConfigError, LabelsMismatch, LabelsMissing, VideoError
 from vkd.models import ModelSpec
 from vkd.planning import Plan
 from vkd.run import Run
@@ -48,12 +48,19 @@ def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
                 videos.setdefault(video_id, Video(name, video_id, uri, duration_s, example.get("source")))
     fps = _sampling(teacher, alias).fps
     assert fps is not None
-    return list(videos.values()), label_set, Features(label_set.spec.name, fps, spec.model_dump(mode="json"))
+    return list(videos.values()), label_set, Features(label_set.spec.name, fps, spec.model_dump(mode="json"), _identity(teacher))
 
 
-def regions_of(uri: str, spec: Mapping[str, Any], access: Access) -> Float[np.ndarray, "t r d"]:
-    """Region features of one video, by the teacher that a specification names. Raises VideoError when it cannot be decoded."""
-    teacher: Teacher = models.build(ModelSpec.model_validate(spec), TEACHERS, "teacher")
+def regions_of(uri: str, features: Features, access: Access) -> Float[np.ndarray, "t r d"]:
+    """Region features of one video, by the teacher of an index.
+
+    Raises VideoError when it cannot be decoded, LabelsMismatch when the teacher is no longer the one that the index was made with.
+    """
+    teacher: Teacher = models.build(ModelSpec.model_validate(features.teacher), TEACHERS, "teacher")
+    now = _identity(teacher)
+    if differing := sorted(name for name in {*features.identity, *now} if features.identity.get(name) != now.get(name)):
+        what = f"{features.teacher['name']} has another {differing[0]} now than when the index was made: queries would not fit its videos"
+        raise LabelsMismatch(what, where=features.name, action="restore the teacher's files, or vkd index RUN into another folder")
     teacher.load("cpu")
     settings = Settings((_sampling(teacher, REGIONS),), access=access)
     duration_s = guard.here(settings).probe(uri).duration_s
@@ -65,6 +72,12 @@ def regions_of(uri: str, spec: Mapping[str, Any], access: Access) -> Float[np.nd
     columns = planning.text_columns(examples, planning.columns_for([teacher]))
     regions = teacher(columns | {schema.FRAMES: decoded[0][None]})[REGIONS][0]
     return np.asarray(regions, np.float32)
+
+
+def _identity(teacher: Teacher) -> dict[str, Any]:
+    """What it says of itself, as it comes back from a file."""
+    told: dict[str, Any] = json.loads(json.dumps(teacher.identity()))
+    return told
 
 
 def _sampling(teacher: Teacher, alias: str) -> Sampling:
