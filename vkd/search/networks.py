@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import nn
 
-from vkd.checkpoint import CONFIG, WEIGHTS
+from vkd.checkpoint import CONFIG, WEIGHTS, load_similarity, read_export
 from vkd.errors import ConfigError, LabelsMismatch
 from vkd.regions import tiled
 from vkd.search import packed
@@ -46,9 +46,7 @@ class Networks:
     @classmethod
     def load(cls, folders: Mapping[str, str]) -> Networks:
         """From export folders by part. Raises LabelsMismatch when trained on different features, ConfigError for other networks."""
-        from vkd.checkpoint import load_similarity
-
-        sets = {part: str(files.read_json(files.join(folders[part], CONFIG), ("features",))["features"]) for part in PARTS}
+        sets = {part: _features(folders[part]) for part in PARTS}
         for part in PARTS:
             if sets[part] != sets["coarse"]:
                 what = f"was trained on {sets[part]}, the coarse student on {sets['coarse']}"
@@ -82,6 +80,15 @@ class Networks:
         fine = self.fine.index(x)[0]
         stored = packed.pack(fine) if self.encoding == "bits" else fine.numpy().astype(np.float16)
         return Codes(self.coarse.index(x)[0].numpy(), float(self.selector.index(x)), stored)
+
+
+def _features(folder: str) -> str:
+    """The set of region features that an exported student was trained on. Raises ConfigError when the folder holds none."""
+    config, spec = read_export(folder)
+    if "features" not in config:
+        action = "name the student/ folder of the run that trained it"
+        raise ConfigError(f"{spec.name!r} was not trained on region features", where=folder, action=action)
+    return str(config["features"])
 
 
 def _as(kind: type[Network], found: Any, folder: str) -> Network:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,10 @@ REGIONS = "regions"
 
 
 def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
-    """All labelled videos of a run, each once, and the label set of their regions. Raises LabelsMissing when a chunk lacks."""
+    """All labelled videos of a run, each once, and the label set of their regions.
+
+    Raises LabelsMissing when a chunk lacks, ConfigError when clips are parts of videos: segments are told in seconds of whole ones.
+    """
     alias, spec = next(iter(run.recipe.teachers.items()))
     teacher: Teacher = models.build(spec, TEACHERS, "teacher")
     if REGIONS not in teacher.emits:
@@ -42,6 +46,7 @@ def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
     for chunk in plan.chunks:
         status = label_set.read(0, chunk, ())[schema.STATUS].to_pylist()
         for row, example in enumerate(plan.examples(chunk).to_pylist()):
+            _require_whole(example)
             if status[row] == schema.LABELLED:
                 name = f"{chunk.shard}/{chunk.index * plan.chunk_size + row}"
                 video_id, uri, duration_s = (example[key] for key in (schema.VIDEO_ID, schema.URI, schema.DURATION_S))
@@ -72,6 +77,13 @@ def regions_of(uri: str, features: Features, access: Access) -> Float[np.ndarray
     columns = planning.text_columns(examples, planning.columns_for([teacher]))
     regions = teacher(columns | {schema.FRAMES: decoded[0][None]})[REGIONS][0]
     return np.asarray(regions, np.float32)
+
+
+def _require_whole(example: Mapping[str, Any]) -> None:
+    start_s, end_s, duration_s = (example[name] for name in (schema.START_S, schema.END_S, schema.DURATION_S))
+    if start_s > 0 or (end_s is not None and duration_s is not None and end_s < duration_s):
+        what = f"{example[schema.URI]} is cut into clips, and an index is of whole videos"
+        raise ConfigError(what, where="data.clips", action="set data.clips.plan=whole, label again, and index that")
 
 
 def _identity(teacher: Teacher) -> dict[str, Any]:
