@@ -64,9 +64,9 @@ def scores_of(folder: Path, path: str | None = None, **options: Any) -> dict[str
     return {"name": "pair_scores", "store": f"{folder}/labels", "path": path, **options}
 
 
-def label(run: Run) -> None:
-    """Write what the run's teachers say, as labelling does."""
-    plan, teachers = Plan.of(run), planning.build_teachers(run.recipe.teachers)
+def label(run: Run) -> float:
+    """Write what the run's teachers say, as labelling does; the median score."""
+    plan, teachers, said = Plan.of(run), planning.build_teachers(run.recipe.teachers), list[np.ndarray]()
     for alias, teacher in teachers.items():
         teacher.load("cpu")
         label_set = LabelSet.create(
@@ -76,6 +76,8 @@ def label(run: Run) -> None:
             examples = plan.examples(chunk)
             scores = teacher(planning.text_columns(examples, planning.columns_for([teacher])))["scores"]
             label_set.write(0, chunk, ChunkRows(examples["example_id"].to_pylist(), {}, {"scores": list(scores)}))
+            said += scores
+    return float(np.median(np.concatenate(said)))
 
 
 def feeder_of(run: Run, split: str = "train", rank: int = 0, world_size: int = 1) -> Feeder:
@@ -129,6 +131,15 @@ def test_without_a_teacher_copies_are_positive(folder: Path) -> None:
         ]
         near, far = ((means[0] * means[i]).sum(1) for i in (1, 2))
         assert (near > far).all()
+
+
+def test_a_training_that_learns_from_no_anchor_is_no_training(folder: Path) -> None:
+    """No score reaches the threshold, so no anchor has a positive candidate."""
+    run = run_of(folder, "unreachable", FINE, teacher=scores_of(folder, kind="chamfer"), min_positive=1.0)
+    label(run)
+    with pytest.raises(ConfigError, match="none of 12 examples had anything to learn from"):
+        training.train(run, lambda _: None)
+    assert not Path(training.student_folder(run)).exists()
 
 
 def test_a_rank_without_rows_gets_a_masked_anchor(scored: Run) -> None:
@@ -203,9 +214,9 @@ def test_the_chain_goes_through_and_each_run_only_once(folder: Path) -> None:
     done: list[str] = []
 
     def trained(name: str, student: Mapping[str, Any], **recipe: Any) -> str:
-        run = run_of(folder, name, {**SMALL, **student}, min_positive=-0.2, **recipe)
-        if run.recipe.teachers:
-            label(run)
+        run = run_of(folder, name, {**SMALL, **student}, **recipe)
+        if run.recipe.teachers:  # of drawn weights nobody knows the scale
+            run = run_of(folder, name, {**SMALL, **student}, min_positive=label(run), **recipe)
         report = training.train(run, lambda _: None)
         assert not report.skipped and training.train(run, lambda _: None).skipped
         found = run.recipe.evaluate(checkpoint.load_similarity(report.student), batches_of(feeder_of(run, "val")))
