@@ -132,7 +132,7 @@ def position(folder: str) -> Position:
 
 def restore(folder: str, distiller: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
     """Load a finished checkpoint into both; the position to go on from."""
-    _load_weights(distiller, folder)
+    load_weights(distiller, folder)
     with _whole(OPTIMIZER, folder):
         optimizer.load_state_dict(torch.load(io.BytesIO(files.read(files.join(folder, OPTIMIZER))), weights_only=True))
     return position(folder)
@@ -190,7 +190,7 @@ def load_student(folder: str) -> Student:
     if not isinstance(heads, dict) or not all(isinstance(size, int) and 0 < size <= MAX_HEAD for size in heads.values()):
         raise ConfigError(f"no heads: {str(heads)[:100]}", where=folder, action="export the student again")
     student: Student = models.build(spec, STUDENTS, "student", heads=heads)
-    _load_weights(student, folder)
+    load_weights(student, folder)
     return student.eval()
 
 
@@ -199,7 +199,7 @@ def load_similarity(folder: str) -> SimilarityStudent | Selector:
     _, spec = read_export(folder)
     _require_kind(spec, (SimilarityStudent, Selector), folder, "name the folder of one that learned similarity of videos")
     student: SimilarityStudent | Selector = models.build(spec, STUDENTS, "student")
-    _load_weights(student, folder)
+    load_weights(student, folder)
     return student.eval()
 
 
@@ -229,7 +229,8 @@ def _packed(weights: Mapping[str, Tensor]) -> bytes:
     return data
 
 
-def _load_weights(module: nn.Module, folder: str) -> None:
+def load_weights(module: nn.Module, folder: str) -> None:
+    """Load those of a checkpoint or an export. Raises ConfigError when they are of another model, StorageError when damaged."""
     with _whole(WEIGHTS, folder):
         weights = safetensors.torch.load(files.read(files.join(folder, WEIGHTS)))
     try:

@@ -196,7 +196,7 @@ def export_newest(run: Run, folder: str, best: bool = False) -> int:
     loop = new_loop(run, plan, specs)
     position = loop.restore(found)
     if _exported_at(run) == position.step:  # it may be of an earlier epoch of the last phase
-        loop.distiller.student.load_state_dict(checkpoint.load_student(student_folder(run)).state_dict())
+        checkpoint.load_weights(loop.distiller.student, student_folder(run))
     _export(run, loop, {spec.name for spec in specs.values()}, position, folder)
     return position.step
 

@@ -219,6 +219,8 @@ def test_the_chain_goes_through_and_each_run_only_once(folder: Path) -> None:
             run = run_of(folder, name, {**SMALL, **student}, min_positive=label(run), **recipe)
         report = training.train(run, lambda _: None)
         assert not report.skipped and training.train(run, lambda _: None).skipped
+        training.export_newest(run, f"{folder}/{name}-again")
+        assert Path(f"{folder}/{name}-again/model.safetensors").read_bytes() == Path(f"{report.student}/model.safetensors").read_bytes()
         found = run.recipe.evaluate(checkpoint.load_similarity(report.student), batches_of(feeder_of(run, "val")))
         assert set(found) >= {"held-out accuracy"} and all(np.isfinite(value) for value in found.values())
         config, _ = checkpoint.read_export(report.student)
