@@ -180,6 +180,23 @@ def test_what_is_trained_follows_from_student_and_teachers(student: dict[str, An
         DnS.model_validate(recipe.model_dump() | {"student": {**SMALL, "name": wrong}}).distiller({}, 0)
 
 
+def test_teachers_on_the_scale_of_each_other_are_refused(folder: Path, tmp_path: Path) -> None:
+    students = {"fine": "vkd.students.visil:FineStudent", "coarse": "vkd.students.coarse:CoarseStudent"}
+    fine, coarse = (scores_of(folder, paired.exported(tmp_path / part, name, "regions-0")) for part, name in students.items())
+    selector = {"name": "dns", "student": {**SMALL, "name": "selector"}}
+    DnS.model_validate(selector | {"teacher": fine, "coarse": coarse}).distiller({}, 0)
+    with pytest.raises(ConfigError, match=r"recipe\.teacher: its scores are those of a coarse student"):
+        DnS.model_validate(selector | {"teacher": coarse, "coarse": fine}).distiller({}, 0)
+    with pytest.raises(ConfigError, match="coarse student"):
+        DnS.model_validate({"name": "dns", "student": FINE, "teacher": coarse}).distiller({}, 0)
+
+
+def test_a_student_for_features_of_other_dimensions_is_refused(folder: Path) -> None:
+    for student, dims in ((FINE | {"num_dims": 8}, 8), ({"name": "selector"}, 512)):
+        with pytest.raises(ConfigError, match=f"of {dims} dimensions.*has {paired.NUM_DIMS}"):
+            feeder_of(run_of(folder, "dims", student))
+
+
 def test_coarse_scores_alone_are_refused() -> None:
     recipe = DnS.model_validate({"name": "dns", "student": FINE, "coarse": scores_of(Path("x"), kind="mean")})
     with pytest.raises(ConfigError, match="coarse scores alone"):
