@@ -11,6 +11,7 @@ import paired
 import pytest
 import small
 import torch
+import yaml
 from torch import Tensor
 
 from vkd import checkpoint, pairs, planning, training
@@ -251,3 +252,8 @@ def test_the_chain_goes_through_and_each_run_only_once(folder: Path) -> None:
     both = {"teacher": scores_of(folder, fine), "coarse": scores_of(folder, coarse)}
     trained("selector", {"name": "selector"}, **both, threshold=0.05)
     assert done == ["visil", "fine", "coarse", "selector"]
+    teacher = Path(visil) / "config.json"  # trained anew, as the folder tells
+    teacher.write_text(teacher.read_text().replace('"step": ', '"step": 1'))
+    again = parse(yaml.safe_load(Path(f"{folder}/fine/run.yaml").read_text()))
+    with pytest.raises(ConfigError, match="/fine: the student there is finished, and learned from teacher-"):
+        training.train(again, lambda _: None)
