@@ -214,7 +214,7 @@ def searched(corpus: Corpus, networks: Networks, num_queries: int, out: str) -> 
     """Searches of an index of a corpus; it is kept under OUT, and built when it is not there."""
     folder = Path(os.path.abspath(out)) / f"{networks.features}-{corpus.num_videos}x{corpus.num_frames}"
     started_s = time.monotonic()
-    features = Features(networks.features, 1.0, {"name": "regions"})
+    features = Features(networks.features, 1.0, {"name": "regions"}, {})
     index = build(corpus.videos(), corpus.read, networks, features, str(folder))
     found: dict[str, Any] = {"videos": len(index), "frames": corpus.num_frames, "build_s": time.monotonic() - started_s}
     places = sorted((folder / "shards").iterdir())

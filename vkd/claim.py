@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
+from vkd import planning
 from vkd import run as run_files
 from vkd.errors import ConfigError
+from vkd.planning import Plan
 from vkd.run import Run
 from vkd.store import files
 
@@ -32,6 +34,21 @@ def claim_output(run: Run) -> None:
                     f"holds a run with another {difference}", where=run.output, action="name another output, or delete this one"
                 )
     files.put(place, resolved.encode())
+
+
+def require_same_labels(run: Run, exported: Mapping[str, Any]) -> None:
+    """Raises ConfigError when a finished student (its config) learned from other labels than the run has now.
+
+    A run file names a teacher by its folder, and what lies there may have been trained anew.
+    """
+    teachers = planning.build_teachers(run.recipe.teachers)
+    now = {planning.teacher_spec(run, alias, teacher).name for alias, teacher in teachers.items()}
+    about = run.recipe.provenance(Plan.of(run))
+    if now <= set(exported["label_sets"]) and about.items() <= exported.items():
+        return
+    others = ", ".join(sorted([*now, *about.values()]))
+    what = f"the student there is finished, and learned from {', '.join(exported['label_sets']) or 'no labels'}; the run now has {others}"
+    raise ConfigError(what, where=run.output, action="name another output, or delete this one to train anew")
 
 
 def _today(tree: Any) -> Any:

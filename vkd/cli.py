@@ -252,7 +252,7 @@ def export(
 
     with cli_parts.screen(as_json, run, overrides) as screen:
         step = training.export_newest(load_one(run, overrides or []), cli_parts.absolute(out), best)
-        screen.line(f"{out}: the student after step {step}; load it with vkd.checkpoint.load_student({out!r})")
+        screen.line(f"{out}: the student after step {step}; load_student or load_similarity of vkd.checkpoint loads it")
         cli_parts.finish(as_json, {"student": out, "step": step})
 
 

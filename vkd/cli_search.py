@@ -75,7 +75,7 @@ def search(
         screen.stage("search")
         share, opened = cli_parts.fraction("--budget", budget), Index.open(cli_parts.absolute(index))
         uri = cli_parts.absolute(query)
-        hits = searching.search(opened, videos.regions_of(uri, opened.features.teacher, Access()), share, top)
+        hits = searching.search(opened, videos.regions_of(uri, opened.features, Access()), share, top)
         screen.close()
         screen.table(f"{len(opened)} videos, {budget} compared finely", ("", "score", "", "query", "found", "video"), _rows(hits))
         if not any(hit.matches for hit in hits):

@@ -12,11 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vkd import checkpoint, gather
 from vkd.checkpoint import Position
+from vkd.errors import ConfigError
 from vkd.feeding import Fed, Feeder
 from vkd.phases import Between, parameter_groups, phase_of, set_trainable
 from vkd.recipes.base import Distiller, Losses, Phase
 from vkd.rounds import Round, num_steps, rounds_from
 from vkd.run import Train
+from vkd.schema import WEIGHT
 from vkd.transfer import ToDevice
 
 
@@ -82,9 +84,10 @@ class Loop:
                 if self.watch is not None:
                     self.watch(fed, position.step, total)
                 rate = learning_rate(position.step - first_step, steps_of_phase, train, self.phase.schedule)
-                meter.add(self._step(model, fed, rate), fed.num_examples)
+                meter.add(self._step(model, fed, rate), fed)
                 position = _after(position, fed)
                 if fed.last:
+                    meter.require_some(sum(feeder.sizes), self.device)
                     on_round(meter.report(fed, position.step, total, rate), position)
                 else:
                     on_step(position)
@@ -163,6 +166,7 @@ class _Meter:
 
     def __init__(self, feeder: Feeder) -> None:
         self.feeder = feeder
+        self.num_planned = self.num_kept = 0  # examples so far: of all ranks, and those of this rank that count
         self._reset()
 
     def _reset(self) -> None:
@@ -172,11 +176,20 @@ class _Meter:
         self.counts: list[int] = []
         self.num_examples = 0
 
-    def add(self, losses: dict[str, Tensor], num_examples: int) -> None:
+    def add(self, losses: dict[str, Tensor], fed: Fed) -> None:
         self.names += losses
         self.means += losses.values()
-        self.counts += [num_examples] * len(losses)
-        self.num_examples += num_examples
+        self.counts += [fed.num_examples] * len(losses)
+        self.num_examples += fed.num_examples
+        self.num_planned += fed.num_examples
+        self.num_kept += int(fed.batch[WEIGHT].sum())
+
+    def require_some(self, num_in_epoch: int, device: str) -> None:
+        """Raises ConfigError when a whole epoch had nothing to learn from: the student would end as it began. On every rank or none."""
+        if self.num_planned < num_in_epoch or gather.sum_over_ranks(torch.tensor(float(self.num_kept), device=device)):
+            return
+        action = "vkd verify RUN --rejects lists what cannot be read; a threshold of the recipe may leave out all others"
+        raise ConfigError(f"none of {self.num_planned} examples had anything to learn from", where="recipe", action=action)
 
     def losses(self) -> dict[str, float]:
         """Means over the round. They become numbers here and not in each step, where a GPU would be waited for."""

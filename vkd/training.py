@@ -70,7 +70,9 @@ def train(run: Run, on_round: OnRound, on_labels: Progress = lambda _: None) -> 
     claim.claim_output(run)
     folder = student_folder(run)
     if files.exists(files.join(folder, checkpoint.CONFIG)):
-        done = json.loads(files.read(files.join(folder, checkpoint.CONFIG)))["trained"]
+        exported, _ = checkpoint.read_export(folder)
+        claim.require_same_labels(run, exported)
+        done = exported["trained"]
         with labelling_beside(run, (run.train.epochs, 0), on_labels):
             pass  # what a start that was killed right after training left to label
         return TrainReport(folder, True, done["step"], done["step"], done["num_examples"])

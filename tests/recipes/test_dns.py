@@ -12,6 +12,7 @@ import paired
 import pytest
 import small
 import torch
+import yaml
 from torch import Tensor
 
 from vkd import checkpoint, pairs, planning, training
@@ -67,9 +68,9 @@ def scores_of(folder: Path, path: str | None = None, **options: Any) -> dict[str
     return {"name": "pair_scores", "store": f"{folder}/labels", "path": path, **options}
 
 
-def label(run: Run) -> None:
-    """Write what the run's teachers say, as labelling does."""
-    plan, teachers = Plan.of(run), planning.build_teachers(run.recipe.teachers)
+def label(run: Run) -> float:
+    """Write what the run's teachers say, as labelling does; the median score."""
+    plan, teachers, said = Plan.of(run), planning.build_teachers(run.recipe.teachers), list[np.ndarray]()
     for alias, teacher in teachers.items():
         teacher.load("cpu")
         label_set = LabelSet.create(
@@ -79,6 +80,8 @@ def label(run: Run) -> None:
             examples = plan.examples(chunk)
             scores = teacher(planning.text_columns(examples, planning.columns_for([teacher])))["scores"]
             label_set.write(0, chunk, ChunkRows(examples["example_id"].to_pylist(), {}, {"scores": list(scores)}))
+            said += scores
+    return float(np.median(np.concatenate(said)))
 
 
 def feeder_of(run: Run, split: str = "train", rank: int = 0, world_size: int = 1) -> Feeder:
@@ -134,6 +137,15 @@ def test_without_a_teacher_copies_are_positive(folder: Path) -> None:
         assert (near > far).all()
 
 
+def test_a_training_that_learns_from_no_anchor_is_no_training(folder: Path) -> None:
+    """No score reaches the threshold, so no anchor has a positive candidate."""
+    run = run_of(folder, "unreachable", FINE, teacher=scores_of(folder, kind="chamfer"), min_positive=1.0)
+    label(run)
+    with pytest.raises(ConfigError, match="none of 12 examples had anything to learn from"):
+        training.train(run, lambda _: None)
+    assert not Path(training.student_folder(run)).exists()
+
+
 def test_a_rank_without_rows_gets_a_masked_anchor(scored: Run) -> None:
     feeder = feeder_of(scored)
     empty: list[Part] = []
@@ -172,6 +184,23 @@ def test_what_is_trained_follows_from_student_and_teachers(student: dict[str, An
         DnS.model_validate(recipe.model_dump() | {"student": {**SMALL, "name": wrong}}).distiller({}, 0)
 
 
+def test_teachers_on_the_scale_of_each_other_are_refused(folder: Path, tmp_path: Path) -> None:
+    students = {"fine": "vkd.students.visil:FineStudent", "coarse": "vkd.students.coarse:CoarseStudent"}
+    fine, coarse = (scores_of(folder, paired.exported(tmp_path / part, name, "regions-0")) for part, name in students.items())
+    selector = {"name": "dns", "student": {**SMALL, "name": "selector"}}
+    DnS.model_validate(selector | {"teacher": fine, "coarse": coarse}).distiller({}, 0)
+    with pytest.raises(ConfigError, match=r"recipe\.teacher: its scores are those of a coarse student"):
+        DnS.model_validate(selector | {"teacher": coarse, "coarse": fine}).distiller({}, 0)
+    with pytest.raises(ConfigError, match="coarse student"):
+        DnS.model_validate({"name": "dns", "student": FINE, "teacher": coarse}).distiller({}, 0)
+
+
+def test_a_student_for_features_of_other_dimensions_is_refused(folder: Path) -> None:
+    for student, dims in ((FINE | {"num_dims": 8}, 8), ({"name": "selector"}, 512)):
+        with pytest.raises(ConfigError, match=f"of {dims} dimensions.*has {paired.NUM_DIMS}"):
+            feeder_of(run_of(folder, "dims", student))
+
+
 def test_coarse_scores_alone_are_refused() -> None:
     recipe = DnS.model_validate({"name": "dns", "student": FINE, "coarse": scores_of(Path("x"), kind="mean")})
     with pytest.raises(ConfigError, match="coarse scores alone"):
@@ -206,11 +235,13 @@ def test_the_chain_goes_through_and_each_run_only_once(folder: Path) -> None:
     done: list[str] = []
 
     def trained(name: str, student: Mapping[str, Any], **recipe: Any) -> str:
-        run = run_of(folder, name, {**SMALL, **student}, min_positive=-0.2, **recipe)
-        if run.recipe.teachers:
-            label(run)
+        run = run_of(folder, name, {**SMALL, **student}, **recipe)
+        if run.recipe.teachers:  # of drawn weights nobody knows the scale
+            run = run_of(folder, name, {**SMALL, **student}, min_positive=label(run), **recipe)
         report = training.train(run, lambda _: None)
         assert not report.skipped and training.train(run, lambda _: None).skipped
+        training.export_newest(run, f"{folder}/{name}-again")
+        assert Path(f"{folder}/{name}-again/model.safetensors").read_bytes() == Path(f"{report.student}/model.safetensors").read_bytes()
         found = run.recipe.evaluate(checkpoint.load_similarity(report.student), batches_of(feeder_of(run, "val")))
         assert set(found) >= {"held-out accuracy"} and all(np.isfinite(value) for value in found.values())
         config, _ = checkpoint.read_export(report.student)
@@ -224,6 +255,11 @@ def test_the_chain_goes_through_and_each_run_only_once(folder: Path) -> None:
     both = {"teacher": scores_of(folder, fine), "coarse": scores_of(folder, coarse)}
     trained("selector", {"name": "selector"}, **both, threshold=0.05)
     assert done == ["visil", "fine", "coarse", "selector"]
+    teacher = Path(visil) / "config.json"  # trained anew, as the folder tells
+    teacher.write_text(teacher.read_text().replace('"step": ', '"step": 1'))
+    again = parse(yaml.safe_load(Path(f"{folder}/fine/run.yaml").read_text()))
+    with pytest.raises(ConfigError, match="/fine: the student there is finished, and learned from teacher-"):
+        training.train(again, lambda _: None)
 
 
 @pytest.mark.usefixtures("without_ray")

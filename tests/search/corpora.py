@@ -13,7 +13,7 @@ from vkd.students.selector import Selector
 from vkd.students.visil import FineStudent
 
 DIMS = 32
-FEATURES = Features("regions-0123", 1.0, {"name": "regions"})
+FEATURES = Features("regions-0123", 1.0, {"name": "regions"}, {"name": "regions"})
 
 
 def networks(kind: str = "binary", seed: int = 0) -> Networks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,7 +14,7 @@ from search.corpora import FEATURES, corpus, networks
 
 from vkd.errors import ConfigError, LabelsMismatch, StorageError
 from vkd.search import index as indexing
-from vkd.search.index import Features, Index, build
+from vkd.search.index import Index, build
 from vkd.search.packed import pack
 
 
@@ -90,13 +91,13 @@ def test_other_networks_features_and_formats_are_refused(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"other networks: coarse/model.safetensors"):
         build(videos, read.__getitem__, networks(seed=1), FEATURES, str(tmp_path))
     with pytest.raises(ConfigError, match="other features: fps"):
-        build(videos, read.__getitem__, nets, Features(FEATURES.name, 2.0, FEATURES.teacher), str(tmp_path))
+        build(videos, read.__getitem__, nets, replace(FEATURES, fps=2.0), str(tmp_path))
     with pytest.raises(LabelsMismatch, match=r"regions-0123.*regions-9"):
-        build(videos, read.__getitem__, nets, Features("regions-9", 1.0, {}), str(tmp_path))
+        build(videos, read.__getitem__, nets, replace(FEATURES, name="regions-9"), str(tmp_path))
     with pytest.raises(ConfigError, match="no videos"):
         build([], read.__getitem__, nets, FEATURES, str(tmp_path / "empty"))
     place = tmp_path / "index.json"
-    place.write_text(place.read_text().replace('"format_version": 1', '"format_version": 9'))
+    place.write_text(place.read_text().replace('"format_version": 2', '"format_version": 9'))
     with pytest.raises(ConfigError, match="format 9"):
         Index.open(str(tmp_path), nets)
 

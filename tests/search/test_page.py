@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from PIL import Image
 from torch import nn
 
 from vkd.clips import Sampling
-from vkd.errors import VideoError
+from vkd.errors import LabelsMismatch, VideoError
 from vkd.schema import Columns, TensorType
 from vkd.search import videos
+from vkd.search.index import Features
 from vkd.search.page import NUM_THUMBNAILS, THUMBNAIL_PX, page, thumbnails
 from vkd.search.query import Hit, Segment
 from vkd.teachers.base import Teacher
 from vkd.video.access import Access
 
-SPEC = {"name": "search.test_page:MeanColours"}
+FEATURES = Features("regions-0123", 1.0, {"name": "search.test_page:MeanColours"}, {})
 
 
 class MeanColours(Teacher):
@@ -91,8 +93,8 @@ def test_no_match_is_said(small_videos: Path) -> None:
 
 
 def test_a_query_gives_what_the_teacher_says_of_it(small_videos: Path) -> None:
-    regions = videos.regions_of(str(small_videos / "a_sharp.mp4"), SPEC, Access())
-    backwards = videos.regions_of(str(small_videos / "c_sharp.mp4"), SPEC, Access())
+    regions = videos.regions_of(str(small_videos / "a_sharp.mp4"), FEATURES, Access())
+    backwards = videos.regions_of(str(small_videos / "c_sharp.mp4"), FEATURES, Access())
     assert regions.shape == backwards.shape == (4, 9, 3) and regions.dtype == np.float32
     assert not np.array_equal(regions, backwards)
 
@@ -101,4 +103,11 @@ def test_a_query_that_is_no_video_is_told(tmp_path: Path) -> None:
     place = tmp_path / "q.mp4"
     place.write_text("no video\n")
     with pytest.raises(VideoError, match=r"q\.mp4"):
-        videos.regions_of(str(place), SPEC, Access())
+        videos.regions_of(str(place), FEATURES, Access())
+
+
+def test_a_teacher_with_other_files_than_the_index_was_made_with_is_refused(small_videos: Path) -> None:
+    """A whitening that was fitted anew lies where the old one lay."""
+    features = replace(FEATURES, identity={"whitening": {"sha256": "old"}})
+    with pytest.raises(LabelsMismatch, match=r"regions-0123.*another whitening now"):
+        videos.regions_of(str(small_videos / "a_sharp.mp4"), features, Access())

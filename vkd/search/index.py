@@ -30,7 +30,7 @@ from vkd.search.networks import PARTS, Codes, Networks
 from vkd.store import files
 
 INDEX, SHARDS = "index.json", "shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARD_VIDEOS = 256
 MAX_OPEN_SHARDS = 1024  # whose footers are kept
 COARSE, SELECTOR, NUM_FRAMES, FINE = "coarse", "selector", "num_frames", "fine"
@@ -49,11 +49,15 @@ class Video(NamedTuple):
 
 @dataclass(frozen=True)
 class Features:
-    """The label set that regions come from, its frames per second, and the teacher (as a run file names it) that gives a query's."""
+    """The label set that regions come from, its frames per second, and the teacher (as a run file names it) that gives a query's.
+
+    `identity` is what that teacher said of itself then: the files that it names may be others by now.
+    """
 
     name: str
     fps: float
     teacher: Mapping[str, Any]
+    identity: Mapping[str, Any]
 
 
 Read = Callable[[str], Float[np.ndarray, "t r d"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Float
 
 from vkd import models, planning, schema
 from vkd.clips import ClipPlan, Sampling, ViewPolicy, plan_examples
-from vkd.errors import ConfigError, LabelsMissing, VideoError
+from vkd.errors import ConfigError, LabelsMismatch, LabelsMissing, VideoError
 from vkd.models import ModelSpec
 from vkd.planning import Plan
 from vkd.run import Run
@@ -30,7 +31,10 @@ SHOWN = ("source", "family", "host")  # columns of copies: what a video shows
 
 
 def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
-    """All labelled videos of a run, each once, and the label set of their regions. Raises LabelsMissing when a chunk lacks."""
+    """All labelled videos of a run, each once, and the label set of their regions.
+
+    Raises LabelsMissing when a chunk lacks, ConfigError when clips are parts of videos: segments are told in seconds of whole ones.
+    """
     alias, spec = next(iter(run.recipe.teachers.items()))
     teacher: Teacher = models.build(spec, TEACHERS, "teacher")
     if REGIONS not in teacher.emits:
@@ -44,6 +48,7 @@ def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
     for chunk in plan.chunks:
         status = label_set.read(0, chunk, ())[schema.STATUS].to_pylist()
         for row, example in enumerate(plan.examples(chunk).to_pylist()):
+            _require_whole(example)
             if status[row] == schema.LABELLED:
                 name = f"{chunk.shard}/{chunk.index * plan.chunk_size + row}"
                 video_id, uri, duration_s = (example[key] for key in (schema.VIDEO_ID, schema.URI, schema.DURATION_S))
@@ -51,12 +56,19 @@ def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
                 videos.setdefault(video_id, Video(name, video_id, uri, duration_s, shown))
     fps = _sampling(teacher, alias).fps
     assert fps is not None
-    return list(videos.values()), label_set, Features(label_set.spec.name, fps, spec.model_dump(mode="json"))
+    return list(videos.values()), label_set, Features(label_set.spec.name, fps, spec.model_dump(mode="json"), _identity(teacher))
 
 
-def regions_of(uri: str, spec: Mapping[str, Any], access: Access) -> Float[np.ndarray, "t r d"]:
-    """Region features of one video, by the teacher that a specification names. Raises VideoError when it cannot be decoded."""
-    teacher: Teacher = models.build(ModelSpec.model_validate(spec), TEACHERS, "teacher")
+def regions_of(uri: str, features: Features, access: Access) -> Float[np.ndarray, "t r d"]:
+    """Region features of one video, by the teacher of an index.
+
+    Raises VideoError when it cannot be decoded, LabelsMismatch when the teacher is no longer the one that the index was made with.
+    """
+    teacher: Teacher = models.build(ModelSpec.model_validate(features.teacher), TEACHERS, "teacher")
+    now = _identity(teacher)
+    if differing := sorted(name for name in {*features.identity, *now} if features.identity.get(name) != now.get(name)):
+        what = f"{features.teacher['name']} has another {differing[0]} now than when the index was made: queries would not fit its videos"
+        raise LabelsMismatch(what, where=features.name, action="restore the teacher's files, or vkd index RUN into another folder")
     teacher.load("cpu")
     settings = Settings((_sampling(teacher, REGIONS),), access=access)
     duration_s = guard.here(settings).probe(uri).duration_s
@@ -68,6 +80,19 @@ def regions_of(uri: str, spec: Mapping[str, Any], access: Access) -> Float[np.nd
     columns = planning.text_columns(examples, planning.columns_for([teacher]))
     regions = teacher(columns | {schema.FRAMES: decoded[0][None]})[REGIONS][0]
     return np.asarray(regions, np.float32)
+
+
+def _require_whole(example: Mapping[str, Any]) -> None:
+    start_s, end_s, duration_s = (example[name] for name in (schema.START_S, schema.END_S, schema.DURATION_S))
+    if start_s > 0 or (end_s is not None and duration_s is not None and end_s < duration_s):
+        what = f"{example[schema.URI]} is cut into clips, and an index is of whole videos"
+        raise ConfigError(what, where="data.clips", action="set data.clips.plan=whole, label again, and index that")
+
+
+def _identity(teacher: Teacher) -> dict[str, Any]:
+    """What it says of itself, as it comes back from a file."""
+    told: dict[str, Any] = json.loads(json.dumps(teacher.identity()))
+    return told
 
 
 def _sampling(teacher: Teacher, alias: str) -> Sampling:

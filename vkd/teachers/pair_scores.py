@@ -16,7 +16,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vkd.checkpoint import load_similarity
+from vkd import models
+from vkd.checkpoint import load_similarity, read_export
 from vkd.clips import uniform_numbers
 from vkd.errors import ConfigError, TeacherError
 from vkd.region_store import RegionStore
@@ -24,6 +25,7 @@ from vkd.regions import tiled
 from vkd.schema import Columns, TensorType
 from vkd.similarity_layers import chamfer, frame_similarity
 from vkd.store import files
+from vkd.students import STUDENTS
 from vkd.students.base import SimilarityStudent
 from vkd.teachers.base import Teacher
 
@@ -89,6 +91,14 @@ class PairScoresTeacher(Teacher):
         if self.path is None:
             return told | {"kind": self.kind}
         return told | {"sha256": {name: hashlib.sha256(self._read(name)).hexdigest() for name in (CONFIG, WEIGHTS)}}
+
+    @property
+    def unit(self) -> bool | None:
+        """Whether scores are on [0, 1], as coarse ones are, and not on [-1, 1]; None when nothing was trained."""
+        if self.path is None:
+            return None
+        found: bool | None = getattr(models.find(read_export(self.path)[1], STUDENTS, "student"), "unit", None)
+        return found
 
     def load(self, device: str) -> None:
         _ = self._trained_on  # a broken export is told now

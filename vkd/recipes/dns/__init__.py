@@ -5,6 +5,7 @@ An example is an anchor with its candidates. What is trained follows from the st
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from vkd.store import files
 from vkd.students import STUDENTS
 from vkd.students.base import SimilarityStudent
 from vkd.students.selector import Selector
+from vkd.teachers import TEACHERS
 
 __all__ = ["DnS"]
 
@@ -72,10 +74,12 @@ class DnS(Recipe):
 
     def batches(self, plan: Plan, store: str, seed: int) -> TripletBatches:
         regions = RegionStore(files.join(store, self.provenance(plan)[FEATURES]), self.cache_bytes)
+        self._require_dims(regions)
         return TripletBatches(self, self._kind.draw, regions, seed)
 
     def distiller(self, emits: Emits, num_classes: int) -> Distiller:
-        """What trains the student. Raises ConfigError when it does not fit the teachers."""
+        """What trains the student. Raises ConfigError when it does not fit the teachers, or these lie on each other's scale."""
+        self._require_scales()
         student, kind = models.build(self.student, STUDENTS, "student"), self._kind
         if not isinstance(student, kind.student):
             teachers = " and ".join(self.teachers) or "no teacher"
@@ -95,6 +99,20 @@ class DnS(Recipe):
     def provenance(self, plan: Plan) -> Mapping[str, str]:
         planning.require_columns(plan, (ANCHOR, OTHERS, POOLS, FEATURES), "data.manifest")
         return {FEATURES: plan.examples(plan.chunks[0])[FEATURES][0].as_py()}
+
+    def _require_scales(self) -> None:
+        """Fine scores are mapped to [0, 1] where they meet coarse ones, and these never are: exchanged, both would be wrong."""
+        for alias, spec in self.teachers.items():
+            unit = getattr(models.build(spec, TEACHERS, "teacher"), "unit", None)
+            if unit not in (None, alias == COARSE):
+                what = f"its scores are those of a {'coarse' if unit else 'fine'} student"
+                raise ConfigError(what, where=f"recipe.{alias}", action="name a fine student as teacher, a coarse one as coarse")
+
+    def _require_dims(self, regions: RegionStore) -> None:
+        option = inspect.signature(models.find(self.student, STUDENTS, "student")).parameters.get("num_dims")
+        if option is not None and (asked := self.student.options.get("num_dims", option.default)) != regions.num_dims:
+            what = f"the student is for features of {asked} dimensions, {regions.name} has {regions.num_dims}"
+            raise ConfigError(what, where="recipe.student.num_dims", action=f"set it to {regions.num_dims}")
 
     @property
     def _kind(self) -> _Kind:
