@@ -108,7 +108,7 @@ def triplets_batch() -> Batch:
     return batch | scores | {"weight": torch.ones(NUM_ROWS)}
 
 
-TEACHER, COARSE = {"teacher": {"name": "pair_scores", "store": "x"}}, {"coarse": {"name": "pair_scores", "store": "x"}}
+TEACHER, COARSE = {"teacher": {"name": "pair_scores", "store": "x", "kind": "mean"}}, {"coarse": {"name": "pair_scores", "store": "x", "kind": "mean"}}
 CASES = {
     "dns/copies": Case(partial(similarity, {"name": "visil"}), triplets_batch),
     "dns/attention": Case(partial(similarity, {"name": "fine"}, **TEACHER), triplets_batch),

@@ -10,10 +10,11 @@ import pytest
 import small
 import yaml
 
-from vkd import planning
+from vkd import models, planning
 from vkd.clips import ClipPlan
 from vkd.errors import ConfigError
 from vkd.run import dump, load, load_one, parse
+from vkd.students import STUDENTS
 
 JOBS = Path(__file__).parents[1] / "jobs"
 
@@ -38,7 +39,7 @@ def test_models_of_the_shipped_chain_can_be_built(path: Path) -> None:
     for run in load(path):
         planning.build_teachers(run.recipe.teachers)
         if run.recipe.trains:
-            run.recipe.distiller({}, 0)
+            models.build(run.recipe.student, STUDENTS, "student")
             assert planning.student_sampling(run) is None
         read = [spec.options.get(key) for spec in run.recipe.teachers.values() for key in ("path", "whitening")]
         read += [] if run.index is None else [run.index.coarse, run.index.fine, run.index.selector]

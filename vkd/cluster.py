@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import pickle
 import socket
 import sys
 import traceback
@@ -13,9 +12,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import ray
 from ray._private import internal_api, ray_logging
 from ray._private.worker import filter_autoscaler_events, print_to_stdstream
@@ -196,12 +197,21 @@ def map_chunks(fn: Callable[[Any], Any], chunks: Sequence[Any]) -> list[Any]:
         answers = numbers.map_batches(
             partial(_answers, shared), batch_size=None, compute=TaskPoolStrategy(num_tasks), num_cpus=0, max_retries=MAX_RETRIES
         )
-        return [pickle.loads(row["answer"]) for row in answers.take_all()]
+        return [row["answer"].value for row in answers.take_all()]
 
 
-def _answers(shared: ray.ObjectRef, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
+@dataclass(frozen=True)
+class _Answer:
+    """Any value, which Ray Data would else take apart."""
+
+    value: Any
+
+
+def _answers(shared: ray.ObjectRef, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     fn, chunks = ray.get(shared)
-    return {"answer": [pickle.dumps(fn(chunks[number])) for number in batch["item"]]}
+    answers = np.empty(len(batch["item"]), object)
+    answers[:] = [_Answer(fn(chunks[number])) for number in batch["item"]]
+    return {"answer": answers}
 
 
 @contextmanager

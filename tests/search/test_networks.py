@@ -34,7 +34,7 @@ def test_networks_of_one_set_of_features(folders: dict[str, str], tmp_path: Path
 def test_a_folder_that_holds_no_such_network_is_told(folders: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{tmp_path}/none: holds no exported student"):
         Networks.load(folders | {"fine": f"{tmp_path}/none"})
-    with pytest.raises(ConfigError, match="not trained on region features"):
+    with pytest.raises(ConfigError, match="trained on no region features"):
         Networks.load(folders | {"fine": small.exported_student(tmp_path / "clips")})
     with pytest.raises(ConfigError, match="not a FineStudent"):
         Networks.load(folders | {"fine": folders["selector"]})
