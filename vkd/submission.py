@@ -76,7 +76,7 @@ def prepare(verb: str, run: str, words: Sequence[str], runtime_env: str | None =
     paths = [_inside(path) for path in dict.fromkeys([run, *(path for path, _ in written)])]
     for loaded, (path, tree) in zip(runs, written, strict=True):
         _check(loaded, path)
-        notes += _check_places(tree, path)
+        notes += _check_places(tree, loaded, path)
     name = runs[0].name if len(runs) == 1 else re.sub(r"[^A-Za-z0-9._-]+", "-", Path(run).stem)
     return Submission(
         verb=verb,
@@ -110,22 +110,32 @@ def _check(run: Run, path: str) -> None:
     planning.student_sampling(run)
 
 
-def _check_places(tree: Mapping[str, Any], path: str) -> Iterator[str]:
+def _check_places(tree: Mapping[str, Any], run: Run, path: str) -> Iterator[str]:
     """A note when there are local places. Raises ConfigError for one that would lie in the unpacked package, on one node."""
     local = []
-    for key in PLACES:
-        value = _look_up(tree, key)
-        for place in [value] if isinstance(value, str) else value or ():
-            if PLACEHOLDER in place:
-                raise ConfigError(f"{key}: {place!r} names no bucket", where=path, action=f"add {key}=s3://YOUR-BUCKET/...")
-            if "://" not in place and not place.startswith("/"):
-                said = f"{key}: {place!r} is relative, and would lie in the unpacked package of one node"
-                action = f"add {key}=s3://..., or the absolute path of storage that all nodes share"
-                raise ConfigError(said, where=path, action=action)
-            if place.startswith(("/", "file://")):
-                local.append(key)
+    for key, place in _places(tree, run):
+        if PLACEHOLDER in place:
+            raise ConfigError(f"{key}: {place!r} names no bucket", where=path, action=f"add {key}=s3://YOUR-BUCKET/...")
+        if "://" not in place and not place.startswith("/"):
+            said = f"{key}: {place!r} is relative, and would lie in the unpacked package of one node"
+            action = f"add {key}=s3://..., or the absolute path of storage that all nodes share"
+            raise ConfigError(said, where=path, action=action)
+        if place.startswith(("/", "file://")):
+            local.append(key)
     if local:
         yield f"note: {', '.join(dict.fromkeys(local))}: a path of a file system, where every node must find the same folder"
+
+
+def _places(tree: Mapping[str, Any], run: Run) -> Iterator[tuple[str, str]]:
+    """Every place that a run file names, as it is written there, with its key; those of teachers too."""
+    for key in PLACES:
+        value = _look_up(tree, key)
+        yield from ((key, place) for place in ([value] if isinstance(value, str) else value or ()))
+    for alias, spec in run.recipe.teachers.items():
+        section = f"recipe.{alias}" if alias in tree["recipe"] else f"recipe.models.{alias}"
+        for option in models.find(spec, TEACHERS, "teacher").places:
+            if isinstance(place := spec.options.get(option), str):
+                yield f"{section}.{option}", place
 
 
 def _look_up(tree: Any, key: str) -> Any:
