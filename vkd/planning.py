@@ -91,6 +91,13 @@ def build_teachers(specs: Mapping[str, ModelSpec]) -> dict[str, Teacher]:
     return {alias: models.build(spec, TEACHERS, "teacher") for alias, spec in specs.items()}
 
 
+def first_teacher(run: Run) -> tuple[str, Teacher]:
+    """The run's first teacher, not yet loaded, and its alias. Raises ConfigError when there is none."""
+    for alias, teacher in build_teachers(run.recipe.teachers).items():
+        return alias, teacher
+    raise ConfigError("the recipe has no teacher", where="recipe", action="name a run whose first teacher labels videos")
+
+
 def columns_for(teachers: Iterable[Teacher]) -> tuple[str, ...]:
     """Sorted names of the manifest columns that teachers need."""
     return tuple(sorted({name for teacher in teachers for name in teacher.needs} - {FRAMES}))
