@@ -43,7 +43,7 @@ def test_light_and_heavy_clips_are_drawn_in_proportion(labelled: Run, monkeypatc
 def test_a_sample_costs_what_its_run_would(labelled: Run) -> None:
     """Training on the labels that are there: seconds of an example are positive, and no checkpoint is left."""
     plan = Plan.of(labelled)
-    busy_s, cpu_s = trial._train(labelled, _Stored(plan))
+    busy_s, cpu_s = trial._train(labelled, _Stored(plan), labelled.labels.store)
     assert busy_s > 0 and cpu_s > 0
 
 
@@ -66,7 +66,7 @@ def test_a_training_in_phases_costs_what_its_last_phase_does(staged: Run, tmp_pa
         return loops[-1]
 
     monkeypatch.setattr(training, "new_loop", kept)
-    busy_s, cpu_s = trial._train(run, _Stored(Plan.of(run)))
+    busy_s, cpu_s = trial._train(run, _Stored(Plan.of(run)), run.labels.store)
     assert busy_s > 0 and cpu_s > 0
     assert loops[0].phase.name == "joint" and loops[0].optimizer.state
     views = {path.name for path in tmp_path.rglob("view=*")}

@@ -109,7 +109,7 @@ def measure(run: Run, plan: Plan, fraction: float, progress: Callable[[LabelRepo
             report = labelling.label_plan(small, sample, told)
             pools = resources.requested(run.compute, list(run.recipe.teachers))
             stages = _stages(report, pools)
-            student = _student(small, sample)
+            student = _student(small, sample, run.labels.store)
             nodes, counts = resources.cluster_nodes(), cluster.nodes_by_group()
             ending_s = time.monotonic()
         apart_s += time.monotonic() - ending_s
@@ -156,32 +156,32 @@ def _stages(report: LabelReport, asked: resources.Resources) -> list[StageCost]:
     return sorted(found, key=lambda stage: (stage.name != DECODE, stage.busy_s / stage.num_workers))
 
 
-def _student(run: Run, plan: SamplePlan) -> StageCost:
-    """The cost of a training step, measured where training would run."""
+def _student(run: Run, plan: SamplePlan, store: str) -> StageCost:
+    """The cost of a training step, measured where training would run; `store` has what the sample's examples name."""
     group = run.compute.student
     if group.max_workers == 0:
-        busy_s, cpu_s = _train(run, plan)
+        busy_s, cpu_s = _train(run, plan, store)
     else:
         autoscaler.call_for_nodes([resources.student_need(group, 1)], resources.cluster_nodes)
         task = ray.remote(_train_elsewhere).options(num_cpus=group.cpus, num_gpus=group.gpus, label_selector=group.labels or None)
-        busy_s, cpu_s = ray.get(task.remote(run.model_dump(mode="json"), plan))
+        busy_s, cpu_s = ray.get(task.remote(run.model_dump(mode="json"), plan, store))
     return StageCost(STUDENT, group_of(group.labels), max(1, group.max_workers), busy_s, cpu_s)
 
 
-def _train_elsewhere(tree: Mapping[str, Any], plan: SamplePlan) -> tuple[float, float]:
+def _train_elsewhere(tree: Mapping[str, Any], plan: SamplePlan, store: str) -> tuple[float, float]:
     run = run_files.parse(dict(tree))
     torch.set_num_threads(max(1, int(run.compute.student.cpus)))
-    return _train(run, plan)
+    return _train(run, plan, store)
 
 
-def _train(run: Run, plan: SamplePlan) -> tuple[float, float]:
+def _train(run: Run, plan: SamplePlan, store: str) -> tuple[float, float]:
     """(seconds of the clock, seconds of CPUs) of an example of training, its labels read from the store, after a warm-up."""
     specs = planning.label_specs(run, planning.build_teachers(run.recipe.teachers))
     sets: dict[str, Labels] = {alias: LabelSet.open(run.store, spec) for alias, spec in specs.items()}
     table = phased.table_of(run, plan, sets[next(iter(run.recipe.teachers))])
     if table is not None:  # all of its versions cost the same to read
         sets[REFINED] = table.at(table.prepare(0))
-    feeder = Feeder(run, plan, sets, TRAIN)
+    feeder = Feeder(run, plan, sets, TRAIN, store=store)
     steps_of_epoch = -(-plan.num_examples // run.train.batch_size)
     first = run.recipe.num_epochs or 0  # past all phases is still the last one, in which all of a student learns
     epochs = first + 1 + -(-WARM_UP_STEPS // steps_of_epoch) + -(-STEPS // steps_of_epoch)

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from vkd import checkpoint, pairs, planning, training
+from vkd import checkpoint, pairs, planning, preflight, training, trial
 from vkd.batches import Part
 from vkd.errors import ConfigError, LabelsMismatch
 from vkd.feeding import Feeder, open_sets
@@ -141,6 +141,30 @@ def test_a_training_that_learns_from_no_anchor_is_no_training(folder: Path) -> N
     with pytest.raises(ConfigError, match="none of 12 examples had anything to learn from"):
         training.train(run, lambda _: None)
     assert not Path(training.student_folder(run)).exists()
+
+
+class Stored(trial.SamplePlan):
+    """All of a plan, under the names of its own chunks: its scores are in the store already."""
+
+    examples = Plan.examples
+
+    def __init__(self, plan: Plan) -> None:
+        self.__dict__ |= plan.__dict__ | {"_classes": plan.classes()}
+
+
+def test_a_trial_finds_the_features_that_its_own_store_lacks(scored: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial labels into a store of its own: pairs get scores there, and videos no features."""
+    run = small.changed(scored, f"labels.store={tmp_path}/labels", f"output={tmp_path}/out")
+    label(run)
+    for name in ("STEPS", "WARM_UP_STEPS"):
+        monkeypatch.setattr(trial, name, 2)
+    busy_s, _ = trial._train(run, Stored(Plan.of(run)), scored.labels.store)
+    assert busy_s > 0
+
+
+def test_only_what_labels_and_trains_has_a_plan(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="does only one of them"):
+        preflight.preflight(run_of(folder, "visil-plan", {"name": "visil", **SMALL}), 0.1, lambda _: None, 0.0)
 
 
 def test_a_rank_without_rows_gets_a_masked_anchor(scored: Run) -> None:
