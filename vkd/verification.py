@@ -145,12 +145,14 @@ def list_rejects(run: Run) -> list[Rejected]:
 
 
 def _rejects_of(plan: Plan, label_set: LabelSet, view: int, chunk: Chunk) -> list[Rejected]:
-    examples = plan.examples(chunk).select([schema.URI, schema.START_S]).to_pylist()
+    planned = plan.examples(chunk)
+    named = schema.URI if schema.URI in planned.column_names else schema.VIDEO_ID  # rows that are no videos have no uri
+    examples = planned.select([named, schema.START_S]).to_pylist()
     reasons = (schema.REJECT_STAGE, schema.REJECT_KIND, schema.REJECT_MESSAGE, schema.REJECT_PERMANENT)
     rows = label_set.read(view, chunk).select([schema.STATUS, *reasons, schema.ATTEMPTS, schema.REJECT_DECODER]).to_pylist()
     return [
         Rejected(
-            example[schema.URI],
+            example[named],
             row[schema.REJECT_STAGE],
             row[schema.REJECT_KIND],
             row[schema.REJECT_MESSAGE],
