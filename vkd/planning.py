@@ -166,7 +166,8 @@ def label_specs(run: Run, teachers: Mapping[str, Teacher]) -> dict[str, LabelSet
     if run.kept_frames != "none":
         sampling = student_sampling(run)
         if sampling is None:
-            raise ConfigError("the student reads no frames", where="data.keep_frames", action="set it to none")
+            key, value = ("data.keep_frames", "none") if run.labels.mode != "live" else ("labels.mode", "tee")  # live always keeps them
+            raise ConfigError("the student reads no frames, and none can be kept", where=key, action=f"set it to {value}")
         specs[FRAMES_ALIAS] = frames_spec(run, sampling)
     return specs
 

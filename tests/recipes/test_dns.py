@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from vkd import checkpoint, pairs, planning, preflight, training, trial
+from vkd import checkpoint, claim, pairs, planning, preflight, takedown, training, trial, verification
 from vkd.batches import Part
 from vkd.errors import ConfigError, LabelsMismatch
 from vkd.feeding import Feeder, open_sets
@@ -220,6 +220,27 @@ def test_a_student_for_features_of_other_dimensions_is_refused(folder: Path) -> 
     for student, dims in ((FINE | {"num_dims": 8}, 8), ({"name": "selector"}, 512)):
         with pytest.raises(ConfigError, match=f"of {dims} dimensions.*has {paired.NUM_DIMS}"):
             feeder_of(run_of(folder, "dims", student))
+
+
+def test_rows_without_a_uri_are_listed_and_looked_for(scored: Run) -> None:
+    assert verification.list_rejects(scored) == []
+    with pytest.raises(ConfigError, match="no video 'x'"):
+        takedown.videos_of(scored, "x")
+
+
+def test_memory_does_not_decide_whose_an_output_is(scored: Run, tmp_path: Path) -> None:
+    run = small.changed(scored, f"output={tmp_path}")
+    claim.claim_output(run)
+    claim.claim_output(small.changed(run, "recipe.cache_bytes=1000"))
+    with pytest.raises(ConfigError, match=r"another recipe\.min_positive"):
+        claim.claim_output(small.changed(run, "recipe.min_positive=0.6"))
+
+
+def test_frames_of_a_student_that_reads_none_cannot_be_kept(scored: Run) -> None:
+    for override, says in (("labels.mode=live", "labels.mode: .*tee"), ("data.keep_frames=raw", "data.keep_frames: .*none")):
+        run = small.changed(scored, override)
+        with pytest.raises(ConfigError, match=says):
+            planning.label_specs(run, planning.build_teachers(run.recipe.teachers))
 
 
 def test_coarse_scores_alone_are_refused() -> None:
