@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from vkd import checkpoint, claim, pairs, planning, preflight, takedown, training, trial, verification
+from vkd import checkpoint, claim, evaluation, pairs, planning, preflight, takedown, training, trial, verification
 from vkd.batches import Part
 from vkd.errors import ConfigError, LabelsMismatch
 from vkd.feeding import Feeder, open_sets
@@ -141,6 +141,9 @@ def test_a_training_that_learns_from_no_anchor_is_no_training(folder: Path) -> N
     with pytest.raises(ConfigError, match="none of 12 examples had anything to learn from"):
         training.train(run, lambda _: None)
     assert not Path(training.student_folder(run)).exists()
+    student = paired.exported(folder / "any", "vkd.students.visil:FineStudent", "regions-0")
+    found = evaluation.evaluate(run, student)
+    assert found["num_clips"] == 0 and found["fidelity"] == {}  # and not an accuracy of 0
 
 
 class Stored(trial.SamplePlan):
