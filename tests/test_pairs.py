@@ -215,6 +215,8 @@ def test_what_cannot_be_mined(run: Run, tmp_path: Path) -> None:
     asked = Pairs(out=f"{tmp_path}/pairs")
     with pytest.raises(ConfigError, match="no 'regions' of frames, regions and dimensions, but logits, embedding"):
         mine(parse(run.model_dump(mode="json"), ["recipe.teacher=fakes:TinyTeacher"]), asked)
+    with pytest.raises(ConfigError, match="the recipe has no teacher"):
+        mine(parse(run.model_dump(mode="json"), ["recipe={name: dns, student: {name: visil}}"]), asked)
     with pytest.raises(LabelsMissing, match="no labels"):
         mine(parse(run.model_dump(mode="json"), [f"labels.store={tmp_path}/none"]), asked)
     lonely = paired.run_of(tmp_path / "lonely", [paired.table_of([{"video_id": "v000"}])])

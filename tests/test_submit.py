@@ -76,6 +76,18 @@ def test_the_digest_is_that_of_the_resolved_run_and_the_options(project: Path, w
     assert plain.digest != prepare("label", "run.yaml", words).digest
 
 
+def test_places_of_teachers_are_refused_when_they_are_relative(project: Path) -> None:
+    """Nodes of a cluster would look for them in their own copy of the package, or nowhere."""
+    small.write(
+        tree() | {"recipe": {"name": "label", "models": {"raw": {"name": "regions", "whitening": "w.safetensors"}}}}, project / "w.yaml"
+    )
+    assert "recipe.models.raw.whitening: 'w.safetensors' is relative" in refused(path="w.yaml")
+    teacher = {"name": "pair_scores", "store": f"{BUCKET}/labels", "path": "runs/fine/student"}
+    small.write(tree() | {"recipe": {"name": "dns", "teacher": teacher, "student": {"name": "fine"}}}, project / "d.yaml")
+    assert "recipe.teacher.path: 'runs/fine/student' is relative" in refused(path="d.yaml")
+    prepare("label", "d.yaml", [f"recipe.teacher.path={BUCKET}/student"])
+
+
 def test_a_run_file_of_a_subfolder_is_named_from_the_current_directory(project: Path) -> None:
     small.write(tree(), project / "run 2.yaml")
     (project / "jobs").mkdir()

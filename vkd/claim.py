@@ -18,6 +18,7 @@ DECIDES = ("data", "labels", "recipe", "train", "checkpoint")  # sections that d
 DECIDES_NOT = {  # less these
     "data": {"allow", "max_reject_fraction", "max_inline_bytes", "max_requests_per_s"},
     "labels": {"mode", "lead_rounds", "window_bytes"},
+    "recipe": {"cache_bytes"},
     "train": {"check_every_steps"},
 }
 

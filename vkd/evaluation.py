@@ -61,7 +61,7 @@ def _without_frames(run: Run, folder: str) -> dict[str, Any]:
     with torch.inference_mode():
         held_out = feeder.stream(feeder.one_pass(run.held_out_view), run.train.batch_size, seed=0)
         found = run.recipe.evaluate(student, (fed.batch for fed in held_out))
-    measured = {"num_clips": sum(feeder.sizes), "fidelity": dict(found), "probes": {}}
+    measured = {"num_clips": sum(feeder.sizes) - feeder.left_out, "fidelity": dict(found), "probes": {}}
     return measured | {"cost": {"student": {"parameters": cost.num_parameters(student)}}}
 
 

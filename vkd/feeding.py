@@ -63,7 +63,7 @@ class Feeder:
     """Feeds one rank of a run from its label sets; `split` says which examples.
 
     `wait_s` is how long the consumer waited for batches; `left_out` counts what is unreadable and what not every set has labelled.
-    `beat` is called while waiting, and for each batch.
+    `beat` is called while waiting, and for each batch. `store` has the label sets that examples name; None: the run's own.
     """
 
     run: Run
@@ -75,6 +75,7 @@ class Feeder:
     wait_s: float = 0.0
     left_out: int = 0
     beat: Callable[[], None] = lambda: None
+    store: str | None = None
     rows: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +86,7 @@ class Feeder:
     def _new_batches(self) -> Batches:
         run, sampling = self.run, planning.student_sampling(self.run)
         if sampling is None:
-            return run.recipe.batches(self.plan, run.labels.store, run.train.seed)
+            return run.recipe.batches(self.plan, self.store or run.labels.store, run.train.seed)
         tensors = {(alias, name): t for alias, s in self.sets.items() for name, t in s.spec.tensors.items()}
         decoding = planning.decoding(run, [sampling]).share(self.world_size * NUM_THREADS)
         return FrameBatches(tensors, run.data.views, sampling, decoding)

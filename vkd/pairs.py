@@ -155,13 +155,12 @@ def candidates(
 
 def _regions(run: Run) -> LabelSet:
     """The label set of the run's first teacher. Raises ConfigError when it emits no regions."""
-    teachers = planning.build_teachers(run.recipe.teachers)
-    alias, teacher = next(iter(teachers.items()))
+    alias, teacher = planning.first_teacher(run)
     found = teacher.emits.get(REGIONS)
     if found is None or len(found.shape) != 3 or not found.ragged:
         what = f"it emits no {REGIONS!r} of frames, regions and dimensions, but {', '.join(teacher.emits)}"
         raise ConfigError(what, where=f"recipe.{alias}", action="name a teacher of region features")
-    return LabelSet.open(run.store, planning.label_specs(run, teachers)[alias])
+    return LabelSet.open(run.store, planning.teacher_spec(run, alias, teacher))
 
 
 def _rows(

@@ -91,6 +91,13 @@ def build_teachers(specs: Mapping[str, ModelSpec]) -> dict[str, Teacher]:
     return {alias: models.build(spec, TEACHERS, "teacher") for alias, spec in specs.items()}
 
 
+def first_teacher(run: Run) -> tuple[str, Teacher]:
+    """The run's first teacher, not yet loaded, and its alias. Raises ConfigError when there is none."""
+    for alias, teacher in build_teachers(run.recipe.teachers).items():
+        return alias, teacher
+    raise ConfigError("the recipe has no teacher", where="recipe", action="name a run whose first teacher labels videos")
+
+
 def columns_for(teachers: Iterable[Teacher]) -> tuple[str, ...]:
     """Sorted names of the manifest columns that teachers need."""
     return tuple(sorted({name for teacher in teachers for name in teacher.needs} - {FRAMES}))
@@ -159,7 +166,8 @@ def label_specs(run: Run, teachers: Mapping[str, Teacher]) -> dict[str, LabelSet
     if run.kept_frames != "none":
         sampling = student_sampling(run)
         if sampling is None:
-            raise ConfigError("the student reads no frames", where="data.keep_frames", action="set it to none")
+            key, value = ("data.keep_frames", "none") if run.labels.mode != "live" else ("labels.mode", "tee")  # live always keeps them
+            raise ConfigError("the student reads no frames, and none can be kept", where=key, action=f"set it to {value}")
         specs[FRAMES_ALIAS] = frames_spec(run, sampling)
     return specs
 

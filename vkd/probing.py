@@ -87,13 +87,12 @@ def cross_fit(rows: Rows, classes: Sequence[str], by: str | None) -> Probe:
 
 def _embeddings(run: Run) -> tuple[str, LabelSet]:
     """The alias and the label set of the run's first teacher. Raises ConfigError when it emits no embedding."""
-    teachers = planning.build_teachers(run.recipe.teachers)
-    alias, teacher = next(iter(teachers.items()))
+    alias, teacher = planning.first_teacher(run)
     found = teacher.emits.get(EMBEDDING)
     if found is None or len(found.shape) != 1 or found.ragged:
         action = "name a teacher that emits one vector a clip"
         raise ConfigError(f"it emits no 1-D {EMBEDDING!r}, but {', '.join(teacher.emits)}", where=f"recipe.{alias}", action=action)
-    return alias, LabelSet.open(run.store, planning.label_specs(run, teachers)[alias])
+    return alias, LabelSet.open(run.store, planning.teacher_spec(run, alias, teacher))
 
 
 def _classes(plan: Plan, label: str) -> list[str]:

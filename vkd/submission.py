@@ -78,7 +78,7 @@ def prepare(verb: str, run: str, words: Sequence[str], runtime_env: str | None =
     paths = [_inside(path) for path in dict.fromkeys([run, *(path for path, _ in written)])]
     for loaded, (path, tree) in zip(runs, written, strict=True):
         _check(loaded, path)
-        notes += _check_places(tree, path)
+        notes += _check_places(tree, loaded, path)
     name = runs[0].name if len(runs) == 1 else re.sub(r"[^A-Za-z0-9._-]+", "-", Path(run).stem)
     return Submission(
         verb=verb,
@@ -112,7 +112,7 @@ def _check(run: Run, path: str) -> None:
     planning.student_sampling(run)
 
 
-def _check_places(tree: Mapping[str, Any], path: str) -> Iterator[str]:
+def _check_places(tree: Mapping[str, Any], run: Run, path: str) -> Iterator[str]:
     """A note when there are local places. Raises ConfigError for one that would lie in the unpacked package, on one node."""
     local = []
     for key, value in (found for pattern in PLACES for found in _look_up(tree, pattern)):

@@ -37,7 +37,7 @@ def videos_of(run: Run, name: str) -> list[str]:
     """The ids of the videos that a video id or uri names. Raises ConfigError when the manifest has none."""
     found = set[str]()
     for shard in _shards(run).values():
-        for column in (schema.VIDEO_ID, schema.URI):
+        for column in {schema.VIDEO_ID, schema.URI} & set(shard.column_names):
             found.update(shard.filter(pc.equal(shard[column], name))[schema.VIDEO_ID].to_pylist())
     if not found:
         action = "give a video_id or uri of the manifest"

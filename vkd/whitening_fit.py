@@ -68,8 +68,7 @@ def _fitted_before(out: str, fitted_on: str) -> WhiteningReport | None:
 
 def _regions(run: Run) -> tuple[str, LabelSet]:
     """The alias and the label set of the run's first teacher. Raises ConfigError when it emits no regions, or whitened ones."""
-    teachers = planning.build_teachers(run.recipe.teachers)
-    alias, teacher = next(iter(teachers.items()))
+    alias, teacher = planning.first_teacher(run)
     found = teacher.emits.get(REGIONS)
     if found is None or not found.ragged:
         action = "name the teacher regions"
@@ -77,7 +76,7 @@ def _regions(run: Run) -> tuple[str, LabelSet]:
     if teacher.identity().get("whitening") is not None:
         action = "leave the teacher's whitening out, and label that"
         raise ConfigError("its regions are whitened already", where=f"recipe.{alias}.whitening", action=action)
-    return alias, LabelSet.open(run.store, planning.label_specs(run, teachers)[alias])
+    return alias, LabelSet.open(run.store, planning.teacher_spec(run, alias, teacher))
 
 
 def _covariance(plan: Plan, label_set: LabelSet) -> tuple[Covariance, int]:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from vkd import checkpoint, pairs, planning, training
+from vkd import checkpoint, claim, evaluation, pairs, planning, preflight, takedown, training, trial, verification
 from vkd.batches import Part
 from vkd.errors import ConfigError, LabelsMismatch
 from vkd.feeding import Feeder, open_sets
@@ -144,6 +144,33 @@ def test_a_training_that_learns_from_no_anchor_is_no_training(folder: Path) -> N
     with pytest.raises(ConfigError, match="none of 12 examples had anything to learn from"):
         training.train(run, lambda _: None)
     assert not Path(training.student_folder(run)).exists()
+    student = paired.exported(folder / "any", "vkd.students.visil:FineStudent", "regions-0")
+    found = evaluation.evaluate(run, student)
+    assert found["num_clips"] == 0 and found["fidelity"] == {}  # and not an accuracy of 0
+
+
+class Stored(trial.SamplePlan):
+    """All of a plan, under the names of its own chunks: its scores are in the store already."""
+
+    examples = Plan.examples
+
+    def __init__(self, plan: Plan) -> None:
+        self.__dict__ |= plan.__dict__ | {"_classes": plan.classes()}
+
+
+def test_a_trial_finds_the_features_that_its_own_store_lacks(scored: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial labels into a store of its own: pairs get scores there, and videos no features."""
+    run = small.changed(scored, f"labels.store={tmp_path}/labels", f"output={tmp_path}/out")
+    label(run)
+    for name in ("STEPS", "WARM_UP_STEPS"):
+        monkeypatch.setattr(trial, name, 2)
+    busy_s, _ = trial._train(run, Stored(Plan.of(run)), scored.labels.store)
+    assert busy_s > 0
+
+
+def test_only_what_labels_and_trains_has_a_plan(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="does only one of them"):
+        preflight.preflight(run_of(folder, "visil-plan", {"name": "visil", **SMALL}), 0.1, lambda _: None, 0.0)
 
 
 def test_a_rank_without_rows_gets_a_masked_anchor(scored: Run) -> None:
@@ -199,6 +226,27 @@ def test_a_student_for_features_of_other_dimensions_is_refused(folder: Path) -> 
     for student, dims in ((FINE | {"num_dims": 8}, 8), ({"name": "selector"}, 512)):
         with pytest.raises(ConfigError, match=f"of {dims} dimensions.*has {paired.NUM_DIMS}"):
             feeder_of(run_of(folder, "dims", student))
+
+
+def test_rows_without_a_uri_are_listed_and_looked_for(scored: Run) -> None:
+    assert verification.list_rejects(scored) == []
+    with pytest.raises(ConfigError, match="no video 'x'"):
+        takedown.videos_of(scored, "x")
+
+
+def test_memory_does_not_decide_whose_an_output_is(scored: Run, tmp_path: Path) -> None:
+    run = small.changed(scored, f"output={tmp_path}")
+    claim.claim_output(run)
+    claim.claim_output(small.changed(run, "recipe.cache_bytes=1000"))
+    with pytest.raises(ConfigError, match=r"another recipe\.min_positive"):
+        claim.claim_output(small.changed(run, "recipe.min_positive=0.6"))
+
+
+def test_frames_of_a_student_that_reads_none_cannot_be_kept(scored: Run) -> None:
+    for override, says in (("labels.mode=live", "labels.mode: .*tee"), ("data.keep_frames=raw", "data.keep_frames: .*none")):
+        run = small.changed(scored, override)
+        with pytest.raises(ConfigError, match=says):
+            planning.label_specs(run, planning.build_teachers(run.recipe.teachers))
 
 
 def test_coarse_scores_alone_are_refused() -> None:

@@ -127,3 +127,7 @@ def test_an_index_elsewhere_than_on_disk(tmp_path: Path) -> None:
     (videos, read), nets = corpus(3), networks()
     index = build(videos, read.__getitem__, nets, FEATURES, "memory://index")
     assert np.array_equal(index.fetch(np.array([1]))[0], nets.index(read[videos[1].name]).fine)
+
+
+def test_open_shards_leave_file_descriptors_to_others() -> None:
+    assert indexing.MAX_OPEN_SHARDS <= 512  # of the 1024 that processes have by default

@@ -203,3 +203,9 @@ def test_binary_codes() -> None:
     hamming = (codes[0, :, None, :, None] != codes[0, None, :, None]).sum(-1)  # [5, 5, 9, 9]
     expected = (1 - 2 * hamming / 64).amax(3).mean(2)
     torch.testing.assert_close(student.frames(codes, codes)[0], expected)
+
+
+@pytest.mark.parametrize("num_bits", [0, 12])
+def test_codes_fill_bytes(num_bits: int) -> None:
+    with pytest.raises(ValueError, match="multiple of 8"):
+        FineStudent("binary", 16, num_bits, "small")

@@ -32,7 +32,7 @@ from vkd.store import files
 INDEX, SHARDS = "index.json", "shards"
 FORMAT_VERSION = 2
 SHARD_VIDEOS = 256
-MAX_OPEN_SHARDS = 1024  # whose footers are kept
+MAX_OPEN_SHARDS = 256  # whose footers are kept; each takes a file descriptor, of which a process often has 1024
 COARSE, SELECTOR, NUM_FRAMES, FINE = "coarse", "selector", "num_frames", "fine"
 KEYS = ("format_version", "features", "networks", "encoding", "num_regions", "thresholds", "shards")
 
@@ -217,4 +217,5 @@ def _whole(uri: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
         first_line, _, _ = str(error).partition("\n")
-        raise StorageError(f"gone or damaged: {first_line}", where=uri, action="delete the index, then vkd index RUN") from error
+        action = "search again, in case the index was being made anew; if it stays so, delete the index, then vkd index RUN"
+        raise StorageError(f"gone or damaged: {first_line}", where=uri, action=action) from error

@@ -35,8 +35,7 @@ def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
 
     Raises LabelsMissing when a chunk lacks, ConfigError when clips are parts of videos: segments are told in seconds of whole ones.
     """
-    alias, spec = next(iter(run.recipe.teachers.items()))
-    teacher: Teacher = models.build(spec, TEACHERS, "teacher")
+    alias, teacher = planning.first_teacher(run)
     if REGIONS not in teacher.emits:
         what = f"it emits no {REGIONS!r}, but {', '.join(teacher.emits)}"
         raise ConfigError(what, where=f"recipe.{alias}", action="name a run whose first teacher is `regions`")
@@ -56,7 +55,8 @@ def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
                 videos.setdefault(video_id, Video(name, video_id, uri, duration_s, shown))
     fps = _sampling(teacher, alias).fps
     assert fps is not None
-    return list(videos.values()), label_set, Features(label_set.spec.name, fps, spec.model_dump(mode="json"), _identity(teacher))
+    spec = run.recipe.teachers[alias].model_dump(mode="json")
+    return list(videos.values()), label_set, Features(label_set.spec.name, fps, spec, _identity(teacher))
 
 
 def regions_of(uri: str, features: Features, access: Access) -> Float[np.ndarray, "t r d"]:

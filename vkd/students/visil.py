@@ -111,6 +111,8 @@ class FineStudent(Visil):
     ) -> None:
         comparator = Comparator(_channels(size))
         if kind == "binary":
+            if num_bits % 8 or num_bits < 8:
+                raise ValueError(f"num_bits is {num_bits}; codes are stored in bytes, so it must be a multiple of 8")
             super().__init__(Binarization(num_dims, num_bits), comparator, num_bits=num_bits)
         elif kind == "attention":
             super().__init__(Attention(num_dims), comparator)

@@ -23,10 +23,12 @@ PRECISIONS = ("fp32", "bf16")
 class Teacher(ABC):
     """A frozen model. Constructing one is cheap: files are named, not loaded, until `load` is called.
 
-    `version` is raised whenever the adapter's arithmetic changes: labels made before then belong to another teacher.
+    `version` is raised whenever the adapter's arithmetic changes: labels made before then belong to another teacher. `places` are
+    its options that name a file or a folder.
     """
 
     version: ClassVar[int]
+    places: ClassVar[tuple[str, ...]] = ()
     sampling: Sampling | None  # None: it reads no frames, and nothing is decoded for it
 
     @property

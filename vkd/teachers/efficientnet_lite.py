@@ -37,6 +37,7 @@ class EfficientNetLiteTeacher(Teacher):
     """
 
     version = 1
+    places = ("weights",)
 
     variant: int = 0
     num_frames: int = 8

@@ -69,6 +69,7 @@ class PairScoresTeacher(Teacher):
     """
 
     version = 1
+    places = ("store", "path")
     sampling = None
 
     def __init__(self, store: str, path: str | None = None, kind: str | None = None, cache_bytes: int = 1 << 30) -> None:

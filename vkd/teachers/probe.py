@@ -91,6 +91,7 @@ class ProbeTeacher(Teacher):
     """
 
     version = 1
+    places = ("path",)
 
     def __init__(self, path: str, of: str | Mapping[str, Any]) -> None:
         self.path = path

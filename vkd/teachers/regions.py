@@ -40,6 +40,7 @@ class RegionsTeacher(Teacher):
     """
 
     version = 1
+    places = ("weights", "whitening")
 
     backbone: str = LITE
     weights: str | None = None

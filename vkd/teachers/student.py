@@ -37,6 +37,7 @@ class StudentTeacher(Teacher):
     """
 
     version = 1
+    places = ("path",)
 
     def __init__(
         self, path: str, batch_size: int = 32, precision: str = "fp32", substages: Substages = False, descriptors: Form = "proj128"

@@ -88,13 +88,16 @@ class DnS(Recipe):
         return kind.distiller(student, self)
 
     def evaluate(self, student: nn.Module, held_out: Iterable[Batch]) -> Mapping[str, float]:
-        """Mean of each loss, and how often it ranks a positive candidate first (a selector: is right), on held-out anchors."""
+        """Mean of each loss, and how often it ranks a positive candidate first (a selector: is right), on held-out anchors.
+
+        Nothing when no held-out anchor has candidates to tell it by.
+        """
         distiller = self._kind.distiller(student, self).eval()
         sums: dict[str, torch.Tensor] = {}
         for batch in held_out:
             for name, (total, count) in (distiller(batch) | {"accuracy": distiller.right(batch)}).items():
                 sums[name] = sums.get(name, torch.zeros(2)) + torch.stack([total.detach(), count])
-        return {f"held-out {name}": float(total / count.clamp_min(1)) for name, (total, count) in sums.items()}
+        return {f"held-out {name}": float(total / count) for name, (total, count) in sums.items() if count}
 
     def provenance(self, plan: Plan) -> Mapping[str, str]:
         planning.require_columns(plan, (ANCHOR, OTHERS, POOLS, FEATURES), "data.manifest")
