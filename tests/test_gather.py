@@ -108,7 +108,8 @@ def triplets_batch() -> Batch:
     return batch | scores | {"weight": torch.ones(NUM_ROWS)}
 
 
-TEACHER, COARSE = {"teacher": {"name": "pair_scores", "store": "x", "kind": "mean"}}, {"coarse": {"name": "pair_scores", "store": "x", "kind": "mean"}}
+PAIR_SCORES = {"name": "pair_scores", "store": "x", "kind": "mean"}
+TEACHER, COARSE = {"teacher": PAIR_SCORES}, {"coarse": PAIR_SCORES}
 CASES = {
     "dns/copies": Case(partial(similarity, {"name": "visil"}), triplets_batch),
     "dns/attention": Case(partial(similarity, {"name": "fine"}, **TEACHER), triplets_batch),
