@@ -11,7 +11,7 @@ import numpy as np
 
 from vkd import checkpoint, labelling, planning, schema, trial, worklist
 from vkd.checkpoint import Position
-from vkd.errors import ConfigError, LabelsMissing, StorageError
+from vkd.errors import LabelsMissing, StorageError
 from vkd.forecast import Forecast, Work
 from vkd.label_report import LabelReport
 from vkd.manifest import Manifest
@@ -34,9 +34,6 @@ class PlanReport:
 
 def preflight(run: Run, fraction: float, progress: Callable[[LabelReport], None], before_s: float) -> PlanReport:
     """Check every part of a run, measure a sample, and say what the whole takes, `before_s` included. Raises what the run would raise."""
-    if not (run.recipe.trains and run.recipe.teachers):
-        what = "a plan is of labelling and training, and this recipe does only one of them"
-        raise ConfigError(what, where="recipe", action="vkd run RUN")
     plan, specs = labelling.checked(run)
     work = _work(run, plan)
     checks = {

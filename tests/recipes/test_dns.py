@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from vkd import checkpoint, claim, evaluation, pairs, planning, preflight, takedown, training, trial, verification
+from vkd import checkpoint, claim, evaluation, pairs, planning, takedown, training, trial, verification
 from vkd.batches import Part
 from vkd.errors import ConfigError, LabelsMismatch
 from vkd.feeding import Feeder, open_sets
@@ -166,11 +166,6 @@ def test_a_trial_finds_the_features_that_its_own_store_lacks(scored: Run, tmp_pa
         monkeypatch.setattr(trial, name, 2)
     busy_s, _ = trial._train(run, Stored(Plan.of(run)), scored.labels.store)
     assert busy_s > 0
-
-
-def test_only_what_labels_and_trains_has_a_plan(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="does only one of them"):
-        preflight.preflight(run_of(folder, "visil-plan", {"name": "visil", **SMALL}), 0.1, lambda _: None, 0.0)
 
 
 def test_a_rank_without_rows_gets_a_masked_anchor(scored: Run) -> None:
