@@ -24,7 +24,8 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile --ignore tests/e2e --ignore tests/cluster
-	$(BIN)/pytest -m "not slow" tests/e2e tests/cluster
+	$(BIN)/pytest -m "not slow" tests/e2e
+	$(BIN)/pytest -m "not slow" tests/cluster
 
 test-slow: install
 	$(BIN)/pytest -m slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -107,6 +108,17 @@ def test_comparator_equals_torch(padding: str) -> None:
     expected = (expected * comparator.fconv.weight).sum(1) + comparator.fconv.bias
     torch.testing.assert_close(comparator(x[:, 0])[0], expected)
     assert all((conv.bias == 0).all() for conv in (comparator.conv1, comparator.conv2, comparator.conv3, comparator.fconv))
+
+
+@pytest.mark.parametrize("padding", ["zeros", "replicate"])
+def test_a_comparator_may_start_as_the_maxima_of_cells(padding: Literal["zeros", "replicate"]) -> None:
+    comparator, x = Comparator((4, 8, 16), padding).double(), rand(2, 9, 14)
+    comparator.start_as_maxima(4.0)
+    cells, _ = comparator(x)
+    torch.testing.assert_close(cells, 4 * F.max_pool2d(x, 4).relu())
+    cells.sum().backward()
+    grad = comparator.fconv.weight.grad
+    assert grad is not None and (grad != 0).sum() > 8  # the other channels may join
 
 
 def test_comparator_masks() -> None:

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,10 +22,11 @@ from vkd import schema, sources
 from vkd.copies import DISTRACTOR, ORIGINAL, SPLITS, Copies, Copy, key, plan, splits
 from vkd.errors import ConfigError, ManifestError, VkdError, redact
 from vkd.manifest import VIDEO_SUFFIXES, Manifest
+from vkd.pools import Progress, map_in
 from vkd.store import files
 from vkd.video import listing, render
 from vkd.video.child import end_with
-from vkd.video.listing import Listed, Progress
+from vkd.video.listing import Listed
 from vkd.video.render import Rendering, Shrinking
 
 if TYPE_CHECKING:
@@ -150,23 +151,15 @@ def _needed(copies: Sequence[tuple[Copy, str]], places: Mapping[str, str]) -> di
 
 
 def _each(function: Callable[[Job], Result], jobs: Sequence[Job], progress: Progress | None = None) -> list[Result]:
-    """`function` of each job, in order, in a process for each core; the first error cancels what has not begun."""
+    """`function` of each job, in order, in a process for each core."""
     if not jobs:
         return []
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(jobs)), context, end_with, (os.getpid(),))
+    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(jobs)), multiprocessing.get_context("spawn"), end_with, (os.getpid(),))
     try:
-        futures = [pool.submit(function, job) for job in jobs]
-        for done, future in enumerate(as_completed(futures), start=1):
-            future.result()
-            if progress is not None:
-                progress(done, len(jobs))
-        return [future.result() for future in futures]
+        return map_in(pool, function, jobs, progress)
     except BrokenProcessPool as error:
         action = "give it more memory, or lower data.copies.max_length_s; then run the same command again"
         raise VkdError("a process that renders copies was killed", where="data.copies", action=action) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _table(rows: pa.Table, found: Sequence[str], split_of: Mapping[str, str], targets: Mapping[Copy, str], how: Copies) -> pa.Table:

@@ -20,11 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vkd import schema, sources
 from vkd.errors import ConfigError, ManifestError, redact
+from vkd.pools import Progress
 from vkd.sources import DUPLICATE_OF, MEASURED
 from vkd.store import files
 from vkd.video import listing
 from vkd.video.access import Access
-from vkd.video.listing import Listed, Probed, ProbeLevel, Progress
+from vkd.video.listing import Listed, Probed, ProbeLevel
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".m2ts", ".3gp", ".ogv")
 REJECTS = pa.schema(

@@ -24,10 +24,11 @@ from vkd.run import Run
 from vkd.steps import Pairs
 from vkd.store.encodings import decode
 from vkd.store.labelset import LabelSet
+from vkd.triplets import NEAR, SAME
 
 REGIONS = "regions"
 ANCHOR, OTHERS, POOLS, FEATURES = "anchor", "others", "pools", "features"
-SAME, NEAR, RANDOM = "same", "near", "random"
+RANDOM = "random"
 SOURCE, FAMILY, HOST = ABOUT = "source", "family", "host"
 BLOCK_BYTES = 1 << 28  # of cosines at once
 SHARD_ROWS = 2048

@@ -170,6 +170,18 @@ class Comparator(nn.Module):
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
+    @torch.no_grad()
+    def start_as_maxima(self, gain: float) -> None:
+        """Make it give `gain` times the maxima of 4x4 cells of the map, 0 where they are negative: its first channel hands them on.
+
+        The others start as they are, and count once `fconv` has learned to: from random weights ranking begins far below that of the
+        maxima alone, and short training does not catch up.
+        """
+        for conv in (self.conv1, self.conv2, self.conv3, self.fconv):
+            conv.weight[0] = 0
+            conv.weight[0, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = 1
+        self.fconv.weight.mul_(gain)
+
     def forward(
         self, similarity: Float[Tensor, "b n m"], mask: Bool[Tensor, "b n m"] | None = None
     ) -> tuple[Float[Tensor, "b i j"], Bool[Tensor, "b i j"] | None]:

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from vkd import schema
 from vkd.losses.similarity import needs_fine
 
-SAME = "same"
+SAME, NEAR = "same", "near"
+NEAR_SHARE = 0.8
 
 
 class Triplet(NamedTuple):
@@ -32,13 +33,20 @@ def draw_triplet(
 ) -> Triplet | None:
     """A positive and a negative, each uniformly among those of an anchor; None when it lacks either.
 
-    Positives are the candidates whose teacher's score, in [-1, 1], is at least `tau_pos`; without scores, when the teacher itself is
-    trained, those of the pool `same` (Kordopatis-Zilos et al. 2022).
+    Positives are the candidates whose teacher's score, in [-1, 1], is at least `tau_pos`, negatives the others (Kordopatis-Zilos et
+    al. 2022). Without scores, when the teacher itself is trained, positives are those of the pool `same`, and four of five negatives
+    those of `near`: random ones are told apart before anything is learned.
     """
     if scores is not None and len(scores) != len(pools):
         raise ValueError(f"{len(scores)} scores of {len(pools)} candidates")
-    positive = np.array([pool == SAME for pool in pools], bool) if scores is None else scores >= tau_pos
-    drawn = _one(positive, rng), _one(~positive, rng)
+    if scores is None:
+        pool = np.array(pools, object)
+        positive, negative = pool == SAME, pool != SAME
+        if rng.random() < NEAR_SHARE and NEAR in pools:
+            negative = pool == NEAR
+    else:
+        positive, negative = scores >= tau_pos, scores < tau_pos
+    drawn = _one(positive, rng), _one(negative, rng)
     return None if drawn[0] is None or drawn[1] is None else Triplet(drawn[0], drawn[1])
 
 

@@ -22,7 +22,7 @@ class Size(NamedTuple):
     num_outputs: int
 
 
-SIZES = {"small": Size(4, 256, 8, 128), "paper": Size(8, 2048, 64, 1024)}
+SIZES = {"small": Size(4, 256, 16, 256), "paper": Size(8, 2048, 64, 1024)}
 
 
 class CoarseStudent(SimilarityStudent):

@@ -9,17 +9,18 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 
 from vkd import schema
 from vkd.errors import ManifestError, StorageError, VideoError
+from vkd.pools import Progress, map_in
 from vkd.store import faults, files
 from vkd.store.faults import UNREACHABLE
 from vkd.video import guard
@@ -29,10 +30,7 @@ from vkd.video.settings import Settings
 from vkd.video.sources import PACKAGE, resolve_uri
 
 ProbeLevel = Literal["none", "header", "full"]
-Progress = Callable[[int, int], None]
 Info = dict[str, Any]  # what fsspec tells of one file
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def describe(uris: Sequence[str], infos: dict[str, Info], access: Access, how: L
     def one(uri: str) -> Listed:
         return _describe(uri, infos.get(uri, {}), access, how.hash or uri.startswith(PACKAGE))
 
-    listed = _in_threads(one, uris, how.threads, progress if how.hash else None)
+    listed = map_in(ThreadPoolExecutor(how.threads), one, uris, progress if how.hash else None)
     if listed and all(video.fault is not None and video.fault.kind in ("missing", "forbidden") for video in listed):
         if any(video.fault is not None and video.fault.kind == "forbidden" for video in listed):
             raise StorageError(f"access denied to all {len(listed)} videos", where=uris[0], action="check the credentials, then run again")
@@ -142,26 +140,12 @@ def describe(uris: Sequence[str], infos: dict[str, Info], access: Access, how: L
     return listed
 
 
-def _in_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int, progress: Progress | None = None) -> list[Result]:
-    """`function` of each item, in order; the first error cancels what has not begun. `progress(done, total)` runs in the caller."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        futures = [pool.submit(function, item) for item in items]
-        for done, future in enumerate(as_completed(futures), start=1):
-            future.result()
-            if progress is not None:
-                progress(done, len(items))
-        return [future.result() for future in futures]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def probe(videos: Sequence[Listed], level: ProbeLevel, access: Access, threads: int, progress: Progress | None) -> list[Probed]:
     """What each video is, in order; a VideoError becomes its fault. StorageError stops."""
     settings = Settings(access=access)
     if level != "none":
         threads = min(threads, 2 * (os.cpu_count() or 1))  # each has a child process that decodes
-    return _in_threads(lambda video: _probe(video, level, settings), videos, threads, progress)
+    return map_in(ThreadPoolExecutor(threads), lambda video: _probe(video, level, settings), videos, progress)
 
 
 def shifted(progress: Progress | None, offset: int, total: int) -> Progress | None:
