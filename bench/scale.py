@@ -4,21 +4,27 @@
 
 Nodes are real raylets on this machine; teachers sleep for 2 s a chunk instead of computing, so that one machine can hold many.
 `utilisation` is their sleep over their time from the moment the last actor began its first chunk until the last chunk began;
-before it lies the ramp, which is printed apart. Planning, listing and finding what lacks are measured on synthetic manifests, each
+before it lies the ramp, which is printed apart. Teachers only sleep, but the rest is real and shares this machine's cores: `cores_busy` is
+how many of them worked in that time, `cpu_s_a_chunk` what a chunk cost whom, and `cores_allow` the utilisation at which the cores are full.
+Planning, listing and finding what lacks are measured on synthetic manifests, each
 size in a process of its own: seconds and peak memory an example.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,10 +39,13 @@ from vkd.run import Run
 from vkd.store import files, layout
 from vkd.store.labelset import LabelSet
 
+import psutil  # isort: skip  # ray brings it along
+
 SIZES = (10_000, 100_000, 1_000_000)
 GRID = ((1, 1), (2, 8), (4, 16), (8, 32))  # nodes, teachers
 SLEEP_S, CHUNKS_EACH = 2.0, 12
 CPUS_OF_NODE, TEACHER_CPUS = 4, 0.1
+PROCESSES = ("gcs_server", "raylet/raylet", "vkd.video.child", "dashboard/agent.py", "runtime_env", "log_monitor.py", "monitor.py")
 LABELLED = 0.9  # of the chunks of a synthetic manifest
 
 
@@ -56,7 +65,7 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def scaled(folder: Path, num_nodes: int, num_teachers: int, clips: str) -> dict[str, float]:
+def scaled(folder: Path, num_nodes: int, num_teachers: int, clips: str) -> dict[str, Any]:
     """Label with so many nodes and teachers."""
     notes = folder / "notes"
     notes.mkdir(parents=True)
@@ -64,20 +73,22 @@ def scaled(folder: Path, num_nodes: int, num_teachers: int, clips: str) -> dict[
     run, started_s = _run(folder, num_teachers, str(corpus())), time.time()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    spent = Spending()
     try:
         for _ in range(num_nodes):
             cluster.add_node(num_cpus=CPUS_OF_NODE)
         run = run_files.parse(run.model_dump(mode="json"), [f"compute.address={cluster.address}"])
         ready_s = time.time()
-        labelling.label(run, Plan.of(run).chunks[: num_teachers * CHUNKS_EACH], lambda report: None)
+        with spent:
+            labelling.label(run, Plan.of(run).chunks[: num_teachers * CHUNKS_EACH], lambda report: None)
     finally:
         cluster.shutdown()
-    found = {"cluster_start_s": ready_s - started_s} | utilisation(notes, num_teachers, ready_s)
+    found = {"cluster_start_s": ready_s - started_s} | utilisation(notes, num_teachers, ready_s, spent)
     print(f"{num_nodes} nodes, {num_teachers} teachers: {found}", flush=True)
     return found
 
 
-def utilisation(notes: Path, num_teachers: int, ready_s: float) -> dict[str, float]:
+def utilisation(notes: Path, num_teachers: int, ready_s: float, spent: Spending) -> dict[str, Any]:
     """The share of their time that teachers slept between the first call of the last actor and the beginning of the last call."""
     calls = {file.name: np.loadtxt(file, ndmin=2) for file in notes.iterdir()}
     assert len(calls) == num_teachers, f"{len(calls)} of {num_teachers} teachers worked"
@@ -85,13 +96,67 @@ def utilisation(notes: Path, num_teachers: int, ready_s: float) -> dict[str, flo
     to_s = max(each[:, 0].max() for each in calls.values())
     inside = sum(np.clip(np.minimum(each[:, 1], to_s) - np.maximum(each[:, 0], from_s), 0, None).sum() for each in calls.values())
     first_s = min(each[:, 0].min() for each in calls.values())
+    begun = sum(int((each[:, 0] <= to_s).sum() - (each[:, 0] <= from_s).sum()) for each in calls.values())
+    cpu_s = spent.between(from_s, to_s)
     found = {
         "first_chunk_after_s": first_s - ready_s,
         "ramp_s": from_s - first_s,
         "steady_s": to_s - from_s,
         "utilisation": inside / (num_teachers * (to_s - from_s)),
+        "cores_busy": sum(cpu_s.values()) / (to_s - from_s),
+        "cores_allow": multiprocessing.cpu_count() / (sum(cpu_s.values()) / begun * num_teachers / SLEEP_S),
     }
-    return {name: float(value) for name, value in found.items()}
+    each_s = {name: round(value / begun, 4) for name, value in sorted(cpu_s.items(), key=lambda item: -item[1]) if value / begun > 1e-4}
+    return {name: float(value) for name, value in found.items()} | {"cpu_s_a_chunk": each_s}
+
+
+class Spending(threading.Thread):
+    """CPU seconds of every process of this machine, over time, by what it is."""
+
+    def __init__(self, period_s: float = 1.0) -> None:
+        super().__init__(daemon=True)
+        self.period_s, self._ended, self._names = period_s, threading.Event(), dict[tuple[int, float], str]()
+        self._cpu_s, self._samples = dict[tuple[int, float], float](), list[tuple[float, dict[str, float]]]()
+
+    def __enter__(self) -> Spending:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._ended.wait(self.period_s):
+            self._sample()
+
+    def between(self, from_s: float, to_s: float) -> dict[str, float]:
+        times_s = [time_s for time_s, _ in self._samples]
+        found = {}
+        for name in {name for _, totals in self._samples for name in totals}:
+            values = [totals.get(name, 0.0) for _, totals in self._samples]
+            found[name] = float(np.interp(to_s, times_s, values) - np.interp(from_s, times_s, values))
+        return found
+
+    def _sample(self) -> None:
+        totals = dict[str, float]()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                key, times = (process.pid, process.create_time()), process.cpu_times()
+                self._names[key] = kind_of(process)
+                self._cpu_s[key] = times.user + times.system
+        for key, value in self._cpu_s.items():
+            totals[self._names[key]] = totals.get(self._names[key], 0.0) + value
+        self._samples.append((time.time(), totals))
+
+
+def kind_of(process: psutil.Process) -> str:
+    """What a process of Ray's or ours is for."""
+    words = process.cmdline() or [process.name()]
+    if words[0].startswith("ray::"):
+        return words[0].split("(")[-1].rstrip(")") or words[0]
+    line = " ".join(words)
+    return next((name for name in PROCESSES if name in line), "this driver" if process.pid == os.getpid() else "other")
 
 
 def alone(folder: Path, size: int) -> dict[str, float]:

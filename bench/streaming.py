@@ -7,7 +7,8 @@ student) is measured alone, in this process, before the arms. Speed counts from 
 stages spend an example while they run side by side is printed with each arm: more than alone is what sharing the cores costs.
 `sleeping_ratio`: the same with teachers that sleep, against the slowest stage, which they are.
 `tee_ratio`: wall time of tee over 3 epochs / (one live epoch + 2 epochs of stored labels), each with its start and its end.
-`second_student_ratio`: a second student from tee's store / the bare student loop on batches in memory; it asks no teacher.
+`second_student_ratio`: a second student from a store / the bare student loop on batches in memory; it asks no teacher. The frames are
+kept as they are; `second_student_jpeg_ratio` is that of JPEG frames, which it decodes anew every epoch on the cores that it trains on.
 With a student that sleeps after each round, the object store's peak and what was spilled are printed.
 """
 
@@ -45,6 +46,7 @@ from vkd.store.labelset import LabelSet
 from vkd.teaching import Teach
 
 CHUNKS_ALONE = 4
+CHUNKS_OF_SECOND = 24
 CHUNK_SIZE = 16
 SLEEPERS, SLEEP_S = 2, 6.0  # a chunk
 SLOW_S = 3.0  # after each round
@@ -78,38 +80,56 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
             tees.append(tee["wall_s"] / (live["wall_s"] + stored["wall_s"]))
             print(f"repeat {repeat}: live {live}, tee {tee}, stored {stored}", flush=True)
         found |= slow_student(folder) | sleeping(folder)
-    second = second_student(_run(folder, "tee0", "stored", "second"))
+        raw = _run(folder, "raw", "stored", "second", 1, "data.keep_frames=raw", "labels.allow_partial=true")
+        labelling.label(raw, Plan.of(raw).chunks[:CHUNKS_OF_SECOND], lambda report: None)
+    second, jpeg = second_student(raw), second_student(_run(folder, "tee0", "stored", "second"))
     return (
         found
         | {"live_profile": {name: round(statistics.median(each[name] for each in profiles), 3) for name in profiles[0]}}
         | {"live_spread": spread(lives), "tee_spread": spread(tees), "second_student_spread": spread(second)}
+        | {"second_student_jpeg_spread": spread(jpeg), "second_student_jpeg_ratio": statistics.median(jpeg)}
         | {"tee_ratio": statistics.median(tees), "second_student_ratio": statistics.median(second), "live_ratio": statistics.median(lives)}
     )
 
 
 def stages_alone(folder: Path) -> dict[str, float]:
-    """CPU seconds that each stage takes for an example, the functions that workers call being called here, one after the other."""
+    """CPU seconds that each stage takes for an example, the functions that workers call being called here, one after the other.
+
+    Every chunk is decoded, since some videos cost ten times as much as others; of the teacher and the student a few tell enough.
+    """
     run = _run(folder, "alone", "stored")
     plan, teachers = Plan.of(run), planning.build_teachers(run.recipe.teachers)
     specs = planning.label_specs(run, teachers)
-    step = max(1, len(plan.chunks) // (CHUNKS_ALONE + 1))
-    items = worklist.missing_items(run.store, [0], specs, plan.chunks[::step][: CHUNKS_ALONE + 1])
+    step = max(1, len(plan.chunks) // (CHUNKS_ALONE + 1))  # between chunks that are taught
+    items = worklist.missing_items(run.store, [0], specs, plan.chunks)
     job = labelling._job(run, plan, specs, teachers, items)
     LabelSet.create(run.store, specs["frames"], {}, stages.recorded(), {})
     threads = torch.get_num_threads()
     teach = Teach(job, "teacher", 1, last=True)
-    told = [Teach.__call__(teach, stages.decode(job, {ITEM: np.array([number])})) for number in range(len(items))]
+    decode_s, told = 0.0, list[dict[str, Any]]()
+    for number in range(len(items)):
+        decoded = stages.decode(job, {ITEM: np.array([number])})
+        decode_s += json.loads(decoded[STATS][0])["decode_s"]
+        if number % step == 0 and len(told) <= CHUNKS_ALONE:
+            told.append(json.loads(Teach.__call__(teach, decoded)[STATS][0]))
     torch.set_num_threads(threads)
-    counted = [json.loads(each[STATS][0]) for each in told[1:]]  # the first warms up
-    num_examples = sum(plan.examples(item.chunk).num_rows for item in items[1:])
+    taught_s, num_taught = (sum(pick(each) for each in told[1:]) for pick in (_teach_s, _labelled))  # the first warms up
     small = run.model_copy(update={"labels": run.labels.model_copy(update={"allow_partial": True})})
     batches = in_memory(small)
     student = bare(small, batches * 3)
     return {
-        "decode": sum(each["decode_s"] for each in counted) / num_examples,
-        "teacher": sum(each["teach_s"]["teacher"] for each in counted) / num_examples,
+        "decode": decode_s / plan.num_examples,
+        "teacher": taught_s / num_taught,
         "student": student.cpu_s / (3 * sum(fed.num_examples for fed in batches)),
     }
+
+
+def _teach_s(told: Mapping[str, Any]) -> float:
+    return float(told["teach_s"]["teacher"])
+
+
+def _labelled(told: Mapping[str, Any]) -> int:
+    return int(told["labelled"])
 
 
 def trained(run: Run, after_round: Callable[[], None] = lambda: None) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small
@@ -207,3 +208,19 @@ def test_frames_are_gone_as_pixels(store: Run) -> None:
         table = frames.read(0, chunk)
         held = np.array([each == video_id for each in plan.examples(chunk)[VIDEO_ID].to_pylist()])
         assert [value is None for value in table[FRAMES_ALIAS].to_pylist()] == held.tolist()
+
+
+def test_videos_rendered_from_one_are_told_with_it() -> None:
+    rows = [
+        ("a", "x", "original", None),
+        ("b", "x", "crop", None),
+        ("c", "y", "partial", "x"),
+        ("d", "y", "original", None),
+        ("e", None, None, None),
+    ]
+    names = ("video_id", "source", "copy", "host")
+    shard = pa.Table.from_pylist([dict(zip(names, row, strict=True)) | {"duplicate_of": None} for row in rows])
+    assert takedown._copies({"s": shard}, ["a"]) == ["b", "c"]
+    assert takedown._copies({"s": shard}, ["b"]) == []
+    assert takedown._copies({"s": shard}, ["d"]) == ["c"]
+    assert takedown._copies({"s": shard.drop_columns(["source", "copy", "host"])}, ["a"]) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,6 +46,7 @@ class FrameBatches:
     def __init__(self, tensors: Mapping[tuple[str, str], TensorType], views: Views, sampling: Sampling, decoding: Settings) -> None:
         self.tensors = {key: tensor for key, tensor in tensors.items() if key[0] != FRAMES_ALIAS}
         self.views, self.sampling, self.decoding, self.unreadable = views, sampling, decoding, 0
+        self._lock = threading.Lock()
 
     def __call__(self, parts: Sequence[Part], epoch: int) -> Batch:
         """Tensors of all rows; one masked row of weight 0 when there are none, so that every rank runs every step."""
@@ -69,7 +71,8 @@ class FrameBatches:
         clips = [clip_of(example, views, view) for example in examples.take(rows).to_pylist()]
         for row, decoded in zip(rows.tolist(), decode_or_reject(clips, self.decoding), strict=True):
             if isinstance(decoded, Reject):
-                self.unreadable += 1
+                with self._lock:  # several threads make batches
+                    self.unreadable += 1
                 continue
             frames += decoded
             found.append(row)

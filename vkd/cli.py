@@ -165,11 +165,12 @@ def run_command(
     with cli_parts.screen(as_json, run, overrides) as screen:
         results: dict[str, Any] = {}
         for loaded in load(run, overrides or []):
-            if (done := cli_steps.of_labels(loaded, screen)) is not None:
+            with cli_plan.limits(loaded, max_hours, max_cost, prices):
+                if (done := cli_steps.of_labels(loaded, screen)) is None:
+                    labelled, trained, measured = pipeline.run_all(loaded, screen)
+            if done is not None:
                 results[loaded.name] = done
                 continue
-            with cli_plan.limits(loaded, max_hours, max_cost, prices):
-                labelled, trained, measured = pipeline.run_all(loaded, screen)
             screen.close()
             if labelled is not None:
                 screen.labels(labelled, loaded.store)

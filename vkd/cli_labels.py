@@ -71,7 +71,8 @@ def forget(
             f"forgotten: {', '.join(done.videos)}; {done.chunks} chunks of {done.sets} label sets held clips, {done.rewritten} written anew"
         )
         for copy in done.copies:
-            shown.line(f"the same content, not forgotten: {copy}")
+            shown.line(f"shows the same, not forgotten: {copy}")
+        shown.line("an index of them still holds them: vkd index RUN makes it anew without; pairs are made anew in another folder")
         finish(as_json, vars(done))
 
 

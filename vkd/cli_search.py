@@ -52,8 +52,17 @@ def built(run: Run, asked: Index, screen: Screen) -> dict[str, Any]:
     made = indexing.build(listed, RegionStore(label_set.uri).read, networks, features, asked.out)
     screen.close()
     screen.line(f"{asked.out}: {len(made)} videos in {len(made.shards)} shards; a match scores at least {made.thresholds.match:.3f}")
+    if cut_short := made.cut_short:
+        told = f"of {cut_short} videos only the beginning is indexed: what their features leave out is never found"
+        screen.line(f"{told} (a larger max_frames of the teacher, then vkd label RUN)")
     screen.line(f"next: vkd search {escape(asked.out)} QUERY.mp4")
-    return {"index": asked.out, "videos": len(made), "shards": len(made.shards), "thresholds": vars(made.thresholds)}
+    return {
+        "index": asked.out,
+        "videos": len(made),
+        "shards": len(made.shards),
+        "cut_short": cut_short,
+        "thresholds": vars(made.thresholds),
+    }
 
 
 @app.command()

@@ -21,6 +21,8 @@ from vkd.errors import ConfigError
 
 SPLITS = (schema.TRAIN, schema.VAL, "test")
 ORIGINAL, PARTIAL, DISTRACTOR = "original", "partial", "distractor"
+# Columns. Two videos are no negatives for each other when one's family is the other's family or host, or when their hosts are one.
+SOURCE, FAMILY, COPY, HOST = "source", "family", "copy", "host"
 KINDS = ("crop", "speed", "reversal", "cuts", "recompression", "overlay", "phone")
 MIN_SHARE, MAX_SHARE = 0.1, 0.4  # of a partial copy that shows its source
 MIN_SPEED_OCTAVES, MAX_SPEED_OCTAVES = log2(1.2), 1.0

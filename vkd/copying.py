@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vkd import schema, sources
-from vkd.copies import DISTRACTOR, ORIGINAL, SPLITS, Copies, Copy, key, plan, splits
+from vkd.copies import COPY, DISTRACTOR, FAMILY, HOST, ORIGINAL, SOURCE, SPLITS, Copies, Copy, key, plan, splits
 from vkd.errors import ConfigError, ManifestError, VkdError, redact
 from vkd.manifest import VIDEO_SUFFIXES, Manifest
 from vkd.pools import Progress, map_in
@@ -32,8 +32,6 @@ from vkd.video.render import Rendering, Shrinking
 if TYPE_CHECKING:
     from vkd.run import Data
 
-# Two videos are no negatives for each other when one's family is the other's family or host, or when their hosts are one.
-SOURCE, FAMILY, COPY, HOST = "source", "family", "copy", "host"
 TRUTH = ("target_start_s", "target_end_s", "source_start_s", "source_end_s")  # where a partial copy shows its source, and what of it
 COLUMNS = pa.schema(
     {

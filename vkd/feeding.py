@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from vkd import planning, schema
 from vkd.batches import FrameBatches, Loaded
-from vkd.errors import LabelsMissing
 from vkd.planning import Plan
 from vkd.recipes.base import Batch, Batches
 from vkd.rounds import Chunk, Round, Row, batches_of_round, rank_slice
@@ -191,7 +190,5 @@ def open_sets(run: Run, plan: Plan) -> tuple[Plan, dict[str, LabelSet]]:
     sets = {alias: LabelSet.open(run.store, spec) for alias, spec in planning.label_specs(run, teachers).items()}
     views = [run.held_out_view] if live else range(run.data.views.count)
     lacking = {chunk for label_set in sets.values() for view in views for chunk in label_set.missing(view, plan.chunks)}
-    if lacking and not ((live or run.labels.allow_partial) and len(lacking) < len(plan.chunks)):
-        what = f"labels of {len(lacking)} of {len(plan.chunks)} chunks are missing"
-        raise LabelsMissing(what, where=run.store, action="vkd label RUN, or set labels.allow_partial=true")
+    planning.refuse_lacking(lacking, plan, run.store, allowed=live or run.labels.allow_partial)
     return plan.without(lacking), sets

@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 
 from vkd import derived, planning, schema
 from vkd.clips import SplitPlan, assign_splits
-from vkd.errors import ConfigError, LabelsMissing
+from vkd.copies import FAMILY, HOST, SOURCE
+from vkd.errors import ConfigError
 from vkd.planning import Plan
 from vkd.run import Run
 from vkd.steps import Pairs
@@ -29,7 +30,7 @@ from vkd.triplets import NEAR, SAME
 REGIONS = "regions"
 ANCHOR, OTHERS, POOLS, FEATURES = "anchor", "others", "pools", "features"
 RANDOM = "random"
-SOURCE, FAMILY, HOST = ABOUT = "source", "family", "host"
+ABOUT = SOURCE, FAMILY, HOST
 BLOCK_BYTES = 1 << 28  # of cosines at once
 SHARD_ROWS = 2048
 
@@ -76,9 +77,7 @@ def mine(run: Run, asked: Pairs) -> PairsReport:
         raise ConfigError("mode live keeps no labels", where="labels.mode", action="set it to tee, then vkd label RUN")
     plan, label_set = Plan.of(run), _regions(run)
     lacking = label_set.missing(0, plan.chunks)
-    if len(lacking) == len(plan.chunks) or (lacking and not run.labels.allow_partial):
-        what = f"labels of {len(lacking)} of {len(plan.chunks)} chunks are missing"
-        raise LabelsMissing(what, where=label_set.uri, action="vkd label RUN, or set labels.allow_partial=true")
+    planning.refuse_lacking(lacking, plan, label_set.uri, allowed=run.labels.allow_partial)
     columns = set(plan.examples(plan.chunks[0]).column_names)
     split = SplitPlan(by="column") if plan.split.by == "none" and schema.SPLIT in columns else plan.split
     passed_on = [name for name, there in ((schema.SPLIT, split.by != "none"), (SOURCE, SOURCE in columns)) if there]

@@ -115,9 +115,14 @@ def require_columns(plan: Plan, names: Iterable[str], where: str) -> None:
 def require_labels(run: Run, plan: Plan, label_set: LabelSet) -> None:
     """Raises LabelsMissing when nothing is stored, and when anything of the run's views lacks, unless `labels.allow_partial`."""
     lacking = {chunk for view in range(run.data.views.count) for chunk in label_set.missing(view, plan.chunks)}
-    if len(lacking) == len(plan.chunks) or (lacking and not run.labels.allow_partial):
+    refuse_lacking(lacking, plan, label_set.uri, allowed=run.labels.allow_partial)
+
+
+def refuse_lacking(lacking: Collection[Chunk], plan: Plan, where: str, *, allowed: bool) -> None:
+    """Raises LabelsMissing when nothing is stored, and when anything lacks that is not allowed to."""
+    if len(lacking) == len(plan.chunks) or (lacking and not allowed):
         what = f"labels of {len(lacking)} of {len(plan.chunks)} chunks are missing"
-        raise LabelsMissing(what, where=label_set.uri, action="vkd label RUN, or set labels.allow_partial=true")
+        raise LabelsMissing(what, where=where, action="vkd label RUN, or set labels.allow_partial=true")
 
 
 def text_columns(examples: pa.Table, names: Iterable[str]) -> Columns:

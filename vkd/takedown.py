@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from vkd import schema
 from vkd.clips import ClipPlan, plan_examples
+from vkd.copies import COPY, HOST, ORIGINAL, SOURCE
 from vkd.errors import ConfigError
 from vkd.manifest import Manifest
 from vkd.rounds import Chunk
@@ -24,7 +25,7 @@ from vkd.store.layout import ALL
 
 @dataclass(frozen=True)
 class Takedown:
-    """What was done: chunks that held clips of the videos, of them those written anew now; `copies` have the same content."""
+    """What was done: chunks that held clips of the videos, of them those written anew now; `copies` show the same."""
 
     videos: list[str]
     sets: int
@@ -116,8 +117,17 @@ def _purge(label_set: LabelSet, view: int, shard: str, indices: Collection[int])
 
 
 def _copies(shards: Mapping[str, pa.Table], video_ids: Collection[str]) -> list[str]:
-    """Other videos of the manifest with the same content, when it was built with --hash."""
-    rows = [row for shard in shards.values() for row in shard.select([schema.VIDEO_ID, DUPLICATE_OF]).to_pylist()]
-    firsts = {row[DUPLICATE_OF] or row[schema.VIDEO_ID] for row in rows if row[schema.VIDEO_ID] in video_ids}
+    """Other videos of the manifest with the same content, when it was built with --hash, or rendered from one of these."""
+    rows = [row for shard in shards.values() for row in _about(shard)]
+    taken = [row for row in rows if row[schema.VIDEO_ID] in video_ids]
+    firsts = {row[DUPLICATE_OF] or row[schema.VIDEO_ID] for row in taken}
+    shown = {row[SOURCE] for row in taken if row.get(COPY) == ORIGINAL}
     same = {row[schema.VIDEO_ID] for row in rows if (row[DUPLICATE_OF] or row[schema.VIDEO_ID]) in firsts}
-    return sorted(same - set(video_ids))
+    rendered = {row[schema.VIDEO_ID] for row in rows if not shown.isdisjoint({row.get(SOURCE), row.get(HOST)})}
+    return sorted((same | rendered) - set(video_ids))
+
+
+def _about(shard: pa.Table) -> list[dict[str, Any]]:
+    wanted = (schema.VIDEO_ID, DUPLICATE_OF, SOURCE, COPY, HOST)
+    rows: list[dict[str, Any]] = shard.select([name for name in wanted if name in shard.column_names]).to_pylist()
+    return rows

@@ -37,8 +37,8 @@ def fit(run: Run, out: str, dims: int) -> WhiteningReport:
     """Fit a whitening on the regions that the store holds of the run's first teacher and train split, and write it to a file.
 
     Done once: labels name the file by its digest, and another machine would fit the last digits differently. One chunk's
-    labels are in memory at a time. Raises ConfigError when the regions are whitened already or span fewer dims, and LabelsMissing
-    when some are not labelled.
+    labels are in memory at a time. Raises ConfigError when the regions are whitened already or span fewer dims, or when the file
+    is there and was fitted on something else, and LabelsMissing when some are not labelled.
     """
     if run.labels.mode == "live":
         raise ConfigError("mode live keeps no labels", where="labels.mode", action="set it to tee, then vkd label RUN")
@@ -47,12 +47,20 @@ def fit(run: Run, out: str, dims: int) -> WhiteningReport:
     fitted_on = schema.digest(label_set.spec.name, plan.manifest_digest, run.data.split.model_dump_json(), label_set.views(), dims)
     if (report := _fitted_before(out, fitted_on)) is not None:
         return report
+    if files.exists(out):
+        what, action = (
+            "this file was fitted on something else, and labels may name it",
+            "name another file, or delete this one to fit it anew",
+        )
+        raise ConfigError(what, where=out, action=action)
     covariance, num_clips = _covariance(plan, label_set)
     whitening = covariance.whitening(dims)
-    files.put(out, whitening.to_bytes())
     variance = float(whitening.eigenvalues.sum(dtype=np.float64) * covariance.count / np.trace(covariance.scatter))
     report = WhiteningReport(out, alias, num_clips, covariance.count, len(covariance.mean), dims, variance)
-    files.put(out + RECORD, json.dumps({"fitted_on": fitted_on, "report": asdict(report)}).encode())
+    files.put(
+        out + RECORD, json.dumps({"fitted_on": fitted_on, "report": asdict(report)}).encode()
+    )  # first: without the file it says nothing
+    files.put(out, whitening.to_bytes())
     return report
 
 

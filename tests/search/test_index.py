@@ -44,6 +44,22 @@ def test_an_index_holds_what_the_networks_make(tmp_path: Path, kind: str) -> Non
     assert (tmp_path / "fine" / "model.safetensors").read_bytes() == nets.files["fine/model.safetensors"]
 
 
+def test_it_is_told_of_how_many_videos_the_end_is_left_out(tmp_path: Path) -> None:
+    (videos, read), nets = corpus(4), networks()
+    lengths_s = [5 / FEATURES.fps + 1.5, 12 / FEATURES.fps + 0.5, None, 0.2]  # of 5, 12, 30 and 3 frames
+    listed = [video._replace(duration_s=length_s) for video, length_s in zip(videos, lengths_s, strict=True)]
+    assert build(listed, read.__getitem__, nets, FEATURES, str(tmp_path)).cut_short == 1
+
+
+def test_what_an_interrupted_build_left_is_deleted(tmp_path: Path) -> None:
+    (videos, read), nets = corpus(4), networks()
+    build(videos, read.__getitem__, nets, FEATURES, str(tmp_path))
+    before = contents(tmp_path)
+    (tmp_path / "shards" / "0123456789abcdef.fine.parquet").write_bytes(b"of another list of videos")
+    build(videos, read.__getitem__, nets, FEATURES, str(tmp_path))
+    assert contents(tmp_path) == before
+
+
 @torch.no_grad()
 def test_a_frame_takes_a_bit_a_code() -> None:
     (_, read), nets = corpus(1), networks()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import paired
@@ -29,6 +32,19 @@ def test_networks_of_one_set_of_features(folders: dict[str, str], tmp_path: Path
     other = paired.exported(tmp_path / "other", STUDENTS["fine"], "regions-2")
     with pytest.raises(LabelsMismatch, match="trained on regions-2"):
         Networks.load(folders | {"fine": other})
+
+
+def test_a_selector_of_other_students_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
+    def told(**digests: str) -> dict[str, str]:
+        shutil.copytree(folders["selector"], tmp_path / "selector", dirs_exist_ok=True)
+        config = json.loads((tmp_path / "selector" / "config.json").read_text())
+        (tmp_path / "selector" / "config.json").write_text(json.dumps(config | digests))
+        return folders | {"selector": str(tmp_path / "selector")}
+
+    fine = hashlib.sha256((Path(folders["fine"]) / "model.safetensors").read_bytes()).hexdigest()
+    Networks.load(told(**{"teacher_model.safetensors": fine}))
+    with pytest.raises(LabelsMismatch, match=r"selector: learned where another coarse student is wrong than that of .*coarse -> name"):
+        Networks.load(told(**{"coarse_model.safetensors": fine}))
 
 
 def test_a_folder_that_holds_no_such_network_is_told(folders: dict[str, str], tmp_path: Path) -> None:

@@ -92,6 +92,12 @@ class Index:
     def __len__(self) -> int:
         return int(self.videos.num_rows)
 
+    @property
+    def cut_short(self) -> int:
+        """Videos that go on for a second or more after the last frame that was indexed of them."""
+        lengths_s = self.videos[schema.DURATION_S].fill_null(0.0).to_numpy()
+        return int((lengths_s >= self.num_frames / self.features.fps + 1.0).sum())
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_parquet"}
 
@@ -141,6 +147,7 @@ def build(videos: Sequence[Video], read: Read, networks: Networks, features: Fea
             _write_shard(out, name, part, [networks.index(read(video.name)) for video in part])
     old = _told(out)
     if old is not None and old["shards"] == names:
+        _delete_all_but(names, out)
         return Index.open(out, networks)
     for name, data in networks.files.items():
         files.put(files.join(out, name), data)
@@ -150,10 +157,15 @@ def build(videos: Sequence[Video], read: Read, networks: Networks, features: Fea
     pairs = calibration.random_pairs([video.shown for video in videos])
     told["thresholds"] = vars(calibration.of_pairs(networks.fine, pairs, index.fetch, len(videos)))
     files.put(files.join(out, INDEX), json.dumps(told, indent=1).encode())  # last: what it names is there
-    for name in set() if old is None else set(old["shards"]) - set(names):
-        files.delete(_shard(out, name))
-        files.delete(_shard(out, name, FINE))
+    _delete_all_but(names, out)
     return Index(out, told, networks)
+
+
+def _delete_all_but(names: Sequence[str], out: str) -> None:
+    """Shards of other videos: earlier ones, of which some may have been taken down since, and those of interrupted builds."""
+    for name in files.list_names(files.join(out, SHARDS)):
+        if name.split(".")[0] not in names:
+            files.delete(files.join(out, SHARDS, name))
 
 
 def _refuse(out: str, networks: Networks, features: Features) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from vkd.checkpoint import CONFIG, WEIGHTS, load_similarity, read_export
 from vkd.errors import ConfigError, LabelsMismatch
+from vkd.recipes.dns.batches import COARSE, TEACHER
 from vkd.regions import tiled
 from vkd.search import packed
 from vkd.store import files
@@ -51,6 +52,7 @@ class Networks:
             if sets[part] != sets["coarse"]:
                 what = f"was trained on {sets[part]}, the coarse student on {sets['coarse']}"
                 raise LabelsMismatch(what, where=folders[part], action="train both on the same features")
+        _require_selector_of(folders)
         return cls(
             _as(CoarseStudent, load_similarity(folders["coarse"]), folders["coarse"]),
             _as(FineStudent, load_similarity(folders["fine"]), folders["fine"]),
@@ -89,6 +91,18 @@ def _features(folder: str) -> str:
         what = f"{spec.name!r} was trained on no region features"
         raise ConfigError(what, where=folder, action="name the student/ folder of a run of recipe dns")
     return str(config["features"])
+
+
+def _require_selector_of(folders: Mapping[str, str]) -> None:
+    """Raises LabelsMismatch when the selector learned where other students than these differ: it would send the wrong pairs."""
+    config, _ = read_export(folders["selector"])
+    for part, alias in (("coarse", COARSE), ("fine", TEACHER)):
+        learned_from = config.get(f"{alias}_{WEIGHTS}")
+        if learned_from not in (None, hashlib.sha256(files.read(files.join(folders[part], WEIGHTS))).hexdigest()):
+            what = f"learned where another {part} student is wrong than that of {folders[part]}"
+            raise LabelsMismatch(
+                what, where=folders["selector"], action="name the students that it was trained with, or train it for these"
+            )
 
 
 def _as(kind: type[Network], found: Any, folder: str) -> Network:

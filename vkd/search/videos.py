@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from vkd import models, planning, schema
 from vkd.clips import ClipPlan, Sampling, ViewPolicy, plan_examples
+from vkd.copies import FAMILY, HOST, SOURCE
 from vkd.errors import ConfigError, LabelsMismatch, LabelsMissing, VideoError
 from vkd.models import ModelSpec
 from vkd.planning import Plan
@@ -27,7 +28,7 @@ from vkd.video.settings import Settings
 
 REGIONS = "regions"
 
-SHOWN = ("source", "family", "host")  # columns of copies: what a video shows
+SHOWN = (SOURCE, FAMILY, HOST)  # columns of copies: what a video shows
 
 
 def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:

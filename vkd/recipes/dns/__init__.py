@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from vkd import models, planning
+from vkd.checkpoint import WEIGHTS
 from vkd.errors import ConfigError
 from vkd.models import ModelSpec
 from vkd.planning import Plan
@@ -73,7 +74,7 @@ class DnS(Recipe):
         return tuple(f"{alias}.scores" for alias in self.teachers)
 
     def batches(self, plan: Plan, store: str, seed: int) -> TripletBatches:
-        regions = RegionStore(files.join(store, self.provenance(plan)[FEATURES]), self.cache_bytes)
+        regions = RegionStore(files.join(store, _features(plan)), self.cache_bytes)
         self._require_dims(regions)
         return TripletBatches(self, self._kind.draw, regions, seed)
 
@@ -100,8 +101,10 @@ class DnS(Recipe):
         return {f"held-out {name}": float(total / count) for name, (total, count) in sums.items() if count}
 
     def provenance(self, plan: Plan) -> Mapping[str, str]:
-        planning.require_columns(plan, (ANCHOR, OTHERS, POOLS, FEATURES), "data.manifest")
-        return {FEATURES: plan.examples(plan.chunks[0])[FEATURES][0].as_py()}
+        """The set of region features, and of each teacher the weights that scored."""
+        teachers = planning.build_teachers(self.teachers)
+        weights = {alias: teacher.identity().get("sha256", {}).get(WEIGHTS) for alias, teacher in teachers.items()}
+        return {FEATURES: _features(plan)} | {f"{alias}_{WEIGHTS}": digest for alias, digest in weights.items() if digest}
 
     def _require_scales(self) -> None:
         """Fine scores are mapped to [0, 1] where they meet coarse ones, and these never are: exchanged, both would be wrong."""
@@ -124,3 +127,10 @@ class DnS(Recipe):
         except KeyError:
             what = "coarse scores alone teach nothing"
             raise ConfigError(what, where="recipe.teacher", action="name the teacher of fine scores beside recipe.coarse") from None
+
+
+def _features(plan: Plan) -> str:
+    """The name of the label set that pairs are of. Raises ConfigError for a manifest that is not one of pairs."""
+    planning.require_columns(plan, (ANCHOR, OTHERS, POOLS, FEATURES), "data.manifest")
+    name: str = plan.examples(plan.chunks[0])[FEATURES][0].as_py()
+    return name
