@@ -104,6 +104,9 @@ def stored(uri: str) -> list[np.ndarray]:
 def drawn_networks(num_dims: int, features: str) -> Networks:
     torch.manual_seed(0)
     networks = CoarseStudent(num_dims).eval(), FineStudent("binary", num_dims, BITS).eval(), Selector(num_dims).eval()
+    comparator = networks[1].comparator
+    for conv in (comparator.conv1, comparator.conv2, comparator.conv3, comparator.fconv):
+        torch.nn.init.xavier_uniform_(conv.weight)  # as it starts, videos that have nothing in common would be tied
     return Networks(*networks, Path(features).name or "drawn", {"coarse/drawn": f"seed 0, {num_dims}".encode()})
 
 

@@ -85,7 +85,7 @@ class Feeder:
     def _new_batches(self) -> Batches:
         run, sampling = self.run, planning.student_sampling(self.run)
         if sampling is None:
-            return run.recipe.batches(self.plan, self.store or run.labels.store, run.train.seed)
+            return run.recipe.batches(self.plan, self.store or run.labels.store, run.train.seed, learning=self.split == schema.TRAIN)
         tensors = {(alias, name): t for alias, s in self.sets.items() for name, t in s.spec.tensors.items()}
         decoding = planning.decoding(run, [sampling]).share(self.world_size * NUM_THREADS)
         return FrameBatches(tensors, run.data.views, sampling, decoding)

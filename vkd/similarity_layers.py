@@ -171,16 +171,17 @@ class Comparator(nn.Module):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def start_as_maxima(self, gain: float) -> None:
-        """Make it give `gain` times the maxima of 4x4 cells of the map, 0 where they are negative: its first channel hands them on.
+    def start_by_runs(self, gain: float) -> None:
+        """Make it give `gain` times the best run of each 4x4 cells: the mean of three frames that follow each other in both videos.
 
-        The others start as they are, and count once `fconv` has learned to: from random weights ranking begins far below that of the
-        maxima alone, and short training does not catch up.
+        Its first channel does so; the others start as they are, and count once `fconv` has learned to. From random weights ranking
+        begins far below that of the map alone, and short training does not catch up.
         """
         for conv in (self.conv1, self.conv2, self.conv3, self.fconv):
             conv.weight[0] = 0
             conv.weight[0, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = 1
-        self.fconv.weight.mul_(gain)
+        self.conv1.weight[0, 0] = torch.eye(3) / 3
+        self.fconv.weight.zero_()[0, 0] = gain
 
     def forward(
         self, similarity: Float[Tensor, "b n m"], mask: Bool[Tensor, "b n m"] | None = None

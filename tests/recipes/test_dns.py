@@ -126,6 +126,12 @@ def test_candidates_are_drawn_anew_each_epoch_and_do_not_depend_on_ranks(scored:
     assert drawn(0) != drawn(1)
 
 
+@pytest.mark.parametrize(("split", "alike"), [("train", False), ("val", True)])
+def test_only_what_is_learned_from_is_disturbed(folder: Path, split: str, alike: bool) -> None:
+    disturbed, plain = ([batch[REGIONS] for batch in batches_of(feeder_of(run_of(folder, "copies", FINE, augment=a), split))] for a in (True, False))
+    assert plain and alike == all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(disturbed, plain, strict=True))
+
+
 def test_without_a_teacher_copies_are_positive(folder: Path) -> None:
     feeder = feeder_of(run_of(folder, "copies", FINE, augment=False))
     for batch in batches_of(feeder):

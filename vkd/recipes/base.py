@@ -109,8 +109,8 @@ class Recipe(BaseModel, ABC):
         """How labels are refined between epochs; None when they are not."""
         return None
 
-    def batches(self, plan: Plan, store: str, seed: int) -> Batches:
-        """What makes batches for a student that reads no frames; `store` has the label sets that examples name."""
+    def batches(self, plan: Plan, store: str, seed: int, *, learning: bool) -> Batches:
+        """What makes batches for a student that reads no frames, to learn from or to measure by; `store` has the sets that examples name."""
         raise NotImplementedError
 
     def evaluate(self, student: nn.Module, held_out: Iterable[Batch]) -> Mapping[str, float]:

@@ -111,7 +111,7 @@ class FineStudent(Visil):
         self, kind: Literal["attention", "binary", "plain"] = "attention", num_dims: int = 512, num_bits: int = 512, size: Size = "paper"
     ) -> None:
         comparator = Comparator(_channels(size))
-        comparator.start_as_maxima(HALVED_TWICE if kind == "attention" else 1.0)
+        comparator.start_by_runs(HALVED_TWICE if kind == "attention" else 1.0)
         if kind == "binary":
             if num_bits % 8 or num_bits < 8:
                 raise ValueError(f"num_bits is {num_bits}; codes are stored in bytes, so it must be a multiple of 8")
@@ -132,7 +132,7 @@ class VisilHead(Visil):
 
     def __init__(self, num_dims: int = 3840, symmetric: bool = False, size: Size = "paper") -> None:
         super().__init__(CosineAttention(num_dims), Comparator(_channels(size), "replicate"), symmetric=symmetric)
-        self.comparator.start_as_maxima(HALVED_TWICE)
+        self.comparator.start_by_runs(HALVED_TWICE)
 
 
 def load_reference(state_dict: Mapping[str, Tensor], **architecture: Any) -> FineStudent:

@@ -73,10 +73,10 @@ class DnS(Recipe):
     def needs(self) -> tuple[str, ...]:
         return tuple(f"{alias}.scores" for alias in self.teachers)
 
-    def batches(self, plan: Plan, store: str, seed: int) -> TripletBatches:
+    def batches(self, plan: Plan, store: str, seed: int, *, learning: bool) -> TripletBatches:
         regions = RegionStore(files.join(store, _features(plan)), self.cache_bytes)
         self._require_dims(regions)
-        return TripletBatches(self, self._kind.draw, regions, seed)
+        return TripletBatches(self, self._kind.draw, regions, seed, augment=learning and self.augment and self._kind.draw != "selection")
 
     def distiller(self, emits: Emits, num_classes: int) -> Distiller:
         """What trains the student. Raises ConfigError when it does not fit the teachers, or these lie on each other's scale."""

@@ -61,8 +61,8 @@ class TripletBatches:
     same candidates and the same augmentation in an epoch, whatever its batch.
     """
 
-    def __init__(self, recipe: DnS, draw: Draw, regions: RegionStore, seed: int) -> None:
-        self.recipe, self.draw, self.regions, self.seed, self.unreadable = recipe, draw, regions, seed, 0
+    def __init__(self, recipe: DnS, draw: Draw, regions: RegionStore, seed: int, *, augment: bool) -> None:
+        self.recipe, self.draw, self.regions, self.seed, self.augment, self.unreadable = recipe, draw, regions, seed, augment, 0
         self._lock = threading.Lock()
 
     def __call__(self, parts: Sequence[Part], epoch: int) -> Batch:
@@ -109,7 +109,7 @@ class TripletBatches:
         anchor = triplet.anchor
         found = self._read(anchor.features, anchor.video if position is None else anchor.others[position])
         frames = np.arange(len(found))
-        if self.recipe.augment and position is not None and self.draw != "selection":
+        if self.augment and position is not None:
             frames = augmented_frames(len(found), triplet.rng)
         return tiled(torch.from_numpy(found[frames[:MAX_FRAMES]]))
 
