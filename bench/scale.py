@@ -43,7 +43,7 @@ import psutil  # isort: skip  # ray brings it along
 
 SIZES = (10_000, 100_000, 1_000_000)
 GRID = ((1, 1), (2, 8), (4, 16), (8, 32))  # nodes, teachers
-SLEEP_S, CHUNKS_EACH = 2.0, 48  # the last few wait at actors that are busy while others have none: of 12 each they were a third
+SLEEP_S, CHUNKS_EACH = 2.0, 12
 CPUS_OF_NODE, TEACHER_CPUS = 4, 0.1
 PROCESSES = ("gcs_server", "raylet/raylet", "vkd.video.child", "dashboard/agent.py", "runtime_env", "log_monitor.py", "monitor.py")
 LABELLED = 0.9  # of the chunks of a synthetic manifest
