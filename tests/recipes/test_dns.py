@@ -30,6 +30,7 @@ from vkd.run import Run, dump, parse
 from vkd.schema import WEIGHT
 from vkd.steps import Pairs
 from vkd.store.labelset import ChunkRows, LabelSet
+from vkd.students.visil import VisilHead
 from vkd.verification import list_rejects
 
 Main = Callable[..., tuple[int, str, str]]
@@ -101,6 +102,17 @@ def scored(folder: Path) -> Run:
     return run
 
 
+def test_visil_learns_scores_from_repeated_videos_too(scored: Run) -> None:
+    """It pads its map by the border: padded videos would be scored otherwise than whole ones."""
+    (batch, *_) = batches_of(feeder_of(scored))
+    torch.manual_seed(0)
+    visil = VisilHead(paired.NUM_DIMS, size="small")
+    distiller = scored.recipe._kind.distiller(visil, scored.recipe)  # type: ignore[attr-defined]
+    query, target = (repeated(batch[REGIONS][:, i], batch[MASK][:, i]) for i in (0, 1))
+    expected = visil.compare_pairs(visil.index(query), visil.index(target)).similarity
+    torch.testing.assert_close(distiller.said_of_pairs(batch).similarity[: len(expected)], expected)
+
+
 def test_it_is_found_by_name() -> None:
     assert find(ModelSpec(name="dns"), RECIPES, "recipe") is DnS
 
@@ -128,7 +140,9 @@ def test_candidates_are_drawn_anew_each_epoch_and_do_not_depend_on_ranks(scored:
 
 @pytest.mark.parametrize(("split", "alike"), [("train", False), ("val", True)])
 def test_only_what_is_learned_from_is_disturbed(folder: Path, split: str, alike: bool) -> None:
-    disturbed, plain = ([batch[REGIONS] for batch in batches_of(feeder_of(run_of(folder, "copies", FINE, augment=a), split))] for a in (True, False))
+    disturbed, plain = (
+        [batch[REGIONS] for batch in batches_of(feeder_of(run_of(folder, "copies", FINE, augment=a), split))] for a in (True, False)
+    )
     assert plain and alike == all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(disturbed, plain, strict=True))
 
 
@@ -315,7 +329,7 @@ def test_the_chain_goes_through_and_each_run_only_once(folder: Path) -> None:
 @pytest.mark.parametrize("with_teacher", [True, False])
 def test_runs_of_pairs_are_planned_verified_and_exported(main: Main, folder: Path, tmp_path: Path, with_teacher: bool) -> None:
     """With a teacher of pairs, and with none: what training reads of the store is not in the scratch folder of a plan."""
-    teacher = {"teacher": scores_of(folder, kind="mean"), "min_positive": 0.5} if with_teacher else {}
+    teacher = {"teacher": scores_of(folder, kind="mean"), "min_positive": 0.5} if with_teacher else {"margin": 2.0}  # else nothing is left
     run = small.changed(run_of(folder, f"verbs{with_teacher}", FINE, **teacher), "labels.mode=tee", f"output={tmp_path}/out")
     path = tmp_path / "run.yaml"
     path.write_text(dump(run))

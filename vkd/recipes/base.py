@@ -110,7 +110,7 @@ class Recipe(BaseModel, ABC):
         return None
 
     def batches(self, plan: Plan, store: str, seed: int, *, learning: bool) -> Batches:
-        """What makes batches for a student that reads no frames, to learn from or to measure by; `store` has the sets that examples name."""
+        """What makes batches for a student that reads no frames, to learn from or to measure by; `store` has what examples name."""
         raise NotImplementedError
 
     def evaluate(self, student: nn.Module, held_out: Iterable[Batch]) -> Mapping[str, float]:

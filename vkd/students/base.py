@@ -95,11 +95,12 @@ class Comparison(NamedTuple):
 class SimilarityStudent(nn.Module, ABC):
     """Says how alike two videos are, from their region features: what `index` gives of each is all that it needs of a video.
 
-    `unit`: its scores are on [0, 1], else on [-1, 1].
+    `unit`: its scores are on [0, 1], else on [-1, 1]. `masked`: it may be trained on padded videos.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[bool]
+    masked: ClassVar[bool] = True
 
     @abstractmethod
     def index(self, regions: Float[Tensor, "b t r d"], mask: Bool[Tensor, "b t"] | None = None) -> Float[Tensor, "b ..."]:

@@ -130,6 +130,8 @@ class VisilHead(Visil):
     Parameters, size paper: 96,641 with 3840 dimensions, 93,313 with 512. The map is padded by its border, where the students pad zeros.
     """
 
+    masked = False
+
     def __init__(self, num_dims: int = 3840, symmetric: bool = False, size: Size = "paper") -> None:
         super().__init__(CosineAttention(num_dims), Comparator(_channels(size), "replicate"), symmetric=symmetric)
         self.comparator.start_by_runs(HALVED_TWICE)

@@ -29,7 +29,7 @@ class SimilarityDistiller(Distiller):
 
     def __init__(self, student: SimilarityStudent, recipe: DnS) -> None:
         super().__init__()
-        self.student, self.recipe = student, recipe
+        self.student, self.recipe, self.repeats = student, recipe, not student.masked
 
     def forward(self, batch: Batch) -> Losses:
         taught, weight = batch[f"{TEACHER}.{SCORES}"].T.flatten(), batch[PAIR_WEIGHT].T.flatten()
@@ -38,8 +38,10 @@ class SimilarityDistiller(Distiller):
         return losses | _excess(said, weight, self.recipe.excess)
 
     def said_of_pairs(self, batch: Batch) -> Comparison:
-        """Of all anchors with their first candidates, then with their second."""
+        """Of all anchors with their first candidates, then with their second; videos are repeated to one length if they must be."""
         regions, mask = _videos(batch[REGIONS]), _videos(batch[MASK])
+        if self.repeats:
+            return self.student.compare_pairs(*_split(self.student.index(repeated(regions, mask))))
         anchors, candidates = _split(self.student.index(regions, mask))
         anchor_mask, mask = _split(mask)
         return self.student.compare_pairs(anchors, candidates, anchor_mask, mask)
@@ -51,17 +53,17 @@ class SimilarityDistiller(Distiller):
 
 
 class TripletDistiller(SimilarityDistiller):
-    """A network that learns that copies are alike, by a margin; videos are repeated to one length, since ViSiL knows no padding."""
+    """A network that learns that copies are alike, by a margin."""
+
+    def __init__(self, student: SimilarityStudent, recipe: DnS) -> None:
+        super().__init__(student, recipe)
+        self.repeats = True
 
     def forward(self, batch: Batch) -> Losses:
         said = self.said_of_pairs(batch)
         positive, negative = said.similarity.chunk(2)
         losses = {"triplet": ((F.relu(negative - positive + self.recipe.margin) * batch[WEIGHT]).sum(), batch[WEIGHT].sum())}
         return losses | _excess(said, batch[PAIR_WEIGHT].T.flatten(), self.recipe.excess)
-
-    def said_of_pairs(self, batch: Batch) -> Comparison:
-        anchors, candidates = _split(self.student.index(repeated(_videos(batch[REGIONS]), _videos(batch[MASK]))))
-        return self.student.compare_pairs(anchors, candidates)
 
 
 class SelectorDistiller(Distiller):
