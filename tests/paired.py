@@ -89,10 +89,17 @@ def store(run: Run, videos: Videos) -> LabelSet:
     return label_set
 
 
+def with_drawn_weights(network: nn.Module) -> Any:
+    """The network, its comparator's weights drawn as if it were trained: as it starts, any two give nearly the same, and many pairs tie."""
+    for conv in (module for module in network.modules() if isinstance(module, nn.Conv2d)):
+        nn.init.xavier_uniform_(conv.weight)
+    return network
+
+
 def exported(folder: Path, name: str, features: str, seed: int = 0, **options: object) -> str:
     """The folder of a similarity student with random weights that knows these features."""
     torch.manual_seed(seed)
     spec = ModelSpec(name=name, options={"num_dims": NUM_DIMS, "size": "small", **options})
-    student = models.build(spec, STUDENTS, "student")
+    student = with_drawn_weights(models.build(spec, STUDENTS, "student"))
     checkpoint.export(student, spec, str(folder), {"features": features})
     return str(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import paired
 import torch
 import torch.nn.functional as F
 
@@ -18,9 +19,7 @@ FEATURES = Features("regions-0123", 1.0, {"name": "regions"}, {"name": "regions"
 
 def networks(kind: str = "binary", seed: int = 0) -> Networks:
     torch.manual_seed(seed)
-    fine = FineStudent(kind, DIMS, 64, "small").eval()  # type: ignore[arg-type]
-    for conv in (fine.comparator.conv1, fine.comparator.conv2, fine.comparator.conv3, fine.comparator.fconv):
-        torch.nn.init.xavier_uniform_(conv.weight)  # as it starts, videos that have nothing in common would be tied
+    fine = paired.with_drawn_weights(FineStudent(kind, DIMS, 64, "small").eval())  # type: ignore[arg-type]
     coarse, selector = CoarseStudent(DIMS, "small").eval(), Selector(DIMS, "small").eval()
     files = {f"{part}/model.safetensors": f"{kind} {seed}".encode() for part in ("coarse", "fine", "selector")}
     return Networks(coarse, fine, selector, FEATURES.name, files)
