@@ -9,9 +9,10 @@ import shutil
 import statistics
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is imported
 
@@ -55,22 +56,14 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "repeats": len(values)}
 
 
-class Watch(threading.Thread):
-    """Samples this process and all its children: CPU seconds of each (also of those that ended), peak shared memory, peak USS.
+class Sampler(threading.Thread, ABC):
+    """Looks at something every `period_s` while its body runs."""
 
-    Without `memory` no USS: asking for it costs time.
-    """
-
-    def __init__(self, period_s: float = 0.5, memory: bool = True) -> None:
+    def __init__(self, period_s: float) -> None:
         super().__init__(daemon=True)
-        self.period_s, self.memory, self._ended = period_s, memory, threading.Event()
-        self._cpu_s: dict[tuple[int, float], float] = {}
-        self._shared_start_bytes = shutil.disk_usage(SHARED_MEMORY).used
-        self.peak_uss_bytes = self.peak_shared_bytes = 0
-        self._sample()
-        self._before_s = self.cpu_s
+        self.period_s, self._ended = period_s, threading.Event()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -80,7 +73,26 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while not self._ended.wait(self.period_s):
-            self._sample()
+            self.sample()
+
+    @abstractmethod
+    def sample(self) -> None: ...
+
+
+class Watch(Sampler):
+    """Samples this process and all its children: CPU seconds of each (also of those that ended), peak shared memory, peak USS.
+
+    Without `memory` no USS: asking for it costs time.
+    """
+
+    def __init__(self, period_s: float = 0.5, memory: bool = True) -> None:
+        super().__init__(period_s)
+        self.memory = memory
+        self._cpu_s: dict[tuple[int, float], float] = {}
+        self._shared_start_bytes = shutil.disk_usage(SHARED_MEMORY).used
+        self.peak_uss_bytes = self.peak_shared_bytes = 0
+        self.sample()
+        self._before_s = self.cpu_s
 
     @property
     def cpu_s(self) -> float:
@@ -97,7 +109,7 @@ class Watch(threading.Thread):
         """Peak of private memory plus what the object store took."""
         return self.peak_uss_bytes + self.peak_shared_bytes
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
         me = psutil.Process()
         uss = 0
         for process in [me, *me.children(recursive=True)]:

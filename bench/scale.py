@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from measure import arguments, corpus, finish
+from measure import Sampler, arguments, corpus, finish
 from ray.cluster_utils import Cluster
 
 from vkd import labelling, manifest, planning, schema, worklist
@@ -111,25 +110,13 @@ def utilisation(notes: Path, num_teachers: int, ready_s: float, spent: Spending)
     return {name: float(value) for name, value in found.items()} | {"cpu_s_a_chunk": each_s}
 
 
-class Spending(threading.Thread):
+class Spending(Sampler):
     """CPU seconds of every process of this machine, over time, by what it is."""
 
-    def __init__(self, period_s: float = 1.0) -> None:
-        super().__init__(daemon=True)
-        self.period_s, self._ended, self._names = period_s, threading.Event(), dict[tuple[int, float], str]()
+    def __init__(self) -> None:
+        super().__init__(period_s=1.0)
+        self._names = dict[tuple[int, float], str]()
         self._cpu_s, self._samples = dict[tuple[int, float], float](), list[tuple[float, dict[str, float]]]()
-
-    def __enter__(self) -> Spending:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self.join()
-
-    def run(self) -> None:
-        while not self._ended.wait(self.period_s):
-            self._sample()
 
     def between(self, from_s: float, to_s: float) -> dict[str, float]:
         times_s = [time_s for time_s, _ in self._samples]
@@ -139,7 +126,7 @@ class Spending(threading.Thread):
             found[name] = float(np.interp(to_s, times_s, values) - np.interp(from_s, times_s, values))
         return found
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
         totals = dict[str, float]()
         for process in psutil.process_iter():
             with suppress(psutil.Error):
