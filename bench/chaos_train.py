@@ -144,6 +144,8 @@ def in_peace(run: Run, folder: Path, cluster: Cluster) -> dict[str, float]:
     words = ["distill", str(folder / "run.yaml"), f"output={folder}/calm", f"labels.store={folder}/calm/labels", "--json"]
     driver = Driver(cluster, words, folder / "calm.log")
     while not driver.keep_going():
+        if driver.starts > 1:
+            raise RuntimeError(f"it ended in peace; it said {driver.last_words()}")
         time.sleep(0.5)
     found: dict[str, float] = _last_losses(run_files.parse(run.model_dump(mode="json"), [f"output={folder}/calm"]))
     return found

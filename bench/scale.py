@@ -4,10 +4,10 @@
 
 Nodes are real raylets on this machine; teachers sleep for 2 s a chunk instead of computing, so that one machine can hold many.
 `utilisation` is their sleep over their time from the moment the last actor began its first chunk until the last chunk began;
-before it lies the ramp, which is printed apart. Teachers only sleep, but the rest is real and shares this machine's cores: `cores_busy` is
-how many of them worked in that time, `cpu_s_a_chunk` what a chunk cost whom, and `cores_allow` the utilisation at which the cores are full.
-Planning, listing and finding what lacks are measured on synthetic manifests, each
-size in a process of its own: seconds and peak memory an example.
+before it lies the ramp, which is printed apart; in its last `tail_s` some teacher had no chunk left. Teachers only sleep, but the rest is
+real and shares this machine's cores: `cores_busy` is how many of them worked in that time, `cpu_s_a_chunk` what a chunk cost whom, and
+`cores_allow` the utilisation at which the cores are full. Planning, listing and finding what lacks are measured on synthetic manifests,
+each size in a process of its own: seconds and peak memory an example.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class Spending(Sampler):
 
     def __init__(self) -> None:
         super().__init__(period_s=1.0)
-        self._names = dict[tuple[int, float], str]()
-        self._cpu_s, self._samples = dict[tuple[int, float], float](), list[tuple[float, dict[str, float]]]()
+        self._cpu_s, self._totals = dict[tuple[int, float], float](), dict[str, float]()
+        self._samples = list[tuple[float, dict[str, float]]]()
 
     def between(self, from_s: float, to_s: float) -> dict[str, float]:
         times_s = [time_s for time_s, _ in self._samples]
@@ -127,15 +127,12 @@ class Spending(Sampler):
         return found
 
     def sample(self) -> None:
-        totals = dict[str, float]()
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                key, times = (process.pid, process.create_time()), process.cpu_times()
-                self._names[key] = kind_of(process)
-                self._cpu_s[key] = times.user + times.system
-        for key, value in self._cpu_s.items():
-            totals[self._names[key]] = totals.get(self._names[key], 0.0) + value
-        self._samples.append((time.time(), totals))
+                key, times, name = (process.pid, process.create_time()), process.cpu_times(), kind_of(process)
+                before_s, self._cpu_s[key] = self._cpu_s.get(key, 0.0), times.user + times.system
+                self._totals[name] = self._totals.get(name, 0.0) + self._cpu_s[key] - before_s  # Ray renames its workers
+        self._samples.append((time.time(), dict(self._totals)))
 
 
 def kind_of(process: psutil.Process) -> str:

@@ -113,23 +113,15 @@ def stages_alone(folder: Path) -> dict[str, float]:
         if number % step == 0 and len(told) <= CHUNKS_ALONE:
             told.append(json.loads(Teach.__call__(teach, decoded)[STATS][0]))
     torch.set_num_threads(threads)
-    taught_s, num_taught = (sum(pick(each) for each in told[1:]) for pick in (_teach_s, _labelled))  # the first warms up
+    taught = told[1:]  # the first warms up
     small = run.model_copy(update={"labels": run.labels.model_copy(update={"allow_partial": True})})
     batches = in_memory(small)
     student = bare(small, batches * 3)
     return {
         "decode": decode_s / plan.num_examples,
-        "teacher": taught_s / num_taught,
+        "teacher": sum(each["teach_s"]["teacher"] for each in taught) / sum(each["labelled"] for each in taught),
         "student": student.cpu_s / (3 * sum(fed.num_examples for fed in batches)),
     }
-
-
-def _teach_s(told: Mapping[str, Any]) -> float:
-    return float(told["teach_s"]["teacher"])
-
-
-def _labelled(told: Mapping[str, Any]) -> int:
-    return int(told["labelled"])
 
 
 def trained(run: Run, after_round: Callable[[], None] = lambda: None) -> dict[str, float]:

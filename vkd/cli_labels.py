@@ -72,7 +72,7 @@ def forget(
         )
         for copy in done.copies:
             shown.line(f"shows the same, not forgotten: {copy}")
-        shown.line("an index of them still holds them: vkd index RUN makes it anew without; pairs are made anew in another folder")
+        shown.line("not touched: an index that has them, until vkd index RUN makes it anew, and manifests of pairs that name them")
         finish(as_json, vars(done))
 
 

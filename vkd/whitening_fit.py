@@ -48,18 +48,14 @@ def fit(run: Run, out: str, dims: int) -> WhiteningReport:
     if (report := _fitted_before(out, fitted_on)) is not None:
         return report
     if files.exists(out):
-        what, action = (
-            "this file was fitted on something else, and labels may name it",
-            "name another file, or delete this one to fit it anew",
-        )
-        raise ConfigError(what, where=out, action=action)
+        what = "this file was fitted on something else, and labels may name it"
+        raise ConfigError(what, where=out, action="name another file, or delete this one to fit it anew")
     covariance, num_clips = _covariance(plan, label_set)
     whitening = covariance.whitening(dims)
     variance = float(whitening.eigenvalues.sum(dtype=np.float64) * covariance.count / np.trace(covariance.scatter))
     report = WhiteningReport(out, alias, num_clips, covariance.count, len(covariance.mean), dims, variance)
-    files.put(
-        out + RECORD, json.dumps({"fitted_on": fitted_on, "report": asdict(report)}).encode()
-    )  # first: without the file it says nothing
+    record = json.dumps({"fitted_on": fitted_on, "report": asdict(report)})
+    files.put(out + RECORD, record.encode())  # first: without the file it says nothing
     files.put(out, whitening.to_bytes())
     return report
 

@@ -163,8 +163,9 @@ def build(videos: Sequence[Video], read: Read, networks: Networks, features: Fea
 
 def _delete_all_but(names: Sequence[str], out: str) -> None:
     """Shards of other videos: earlier ones, of which some may have been taken down since, and those of interrupted builds."""
+    kept = set(names)
     for name in files.list_names(files.join(out, SHARDS)):
-        if name.split(".")[0] not in names:
+        if name.split(".")[0] not in kept:
             files.delete(files.join(out, SHARDS, name))
 
 
