@@ -277,12 +277,15 @@ def checked(index: Index, regions: np.ndarray, share: float, found: Any) -> Iter
 def parts_ms(index: Index, regions: np.ndarray) -> dict[str, float]:
     """What a search at 5 % consists of, warm."""
     codes = index.networks.index(regions)
-    coarse = index.coarse @ codes.coarse
-    chosen = searching.select(index, codes, coarse, 0.05)
+
+    def select() -> np.ndarray:
+        return searching.best_first(searching.need(index, codes), index.id_rank)[: int(0.05 * len(index))]
+
+    chosen = select()
     works: dict[str, Callable[[], Any]] = {
         "query": lambda: index.networks.index(regions),
         "coarse": lambda: index.coarse @ codes.coarse,
-        "select": lambda: searching.select(index, codes, coarse, 0.05),
+        "select": select,
         "fetch": lambda: [index.fetch(chosen[index.shard_of[chosen] == shard]) for shard in range(len(index.shards))],
         "fine": lambda: searching.fine_scores(index, codes, chosen),
     }

@@ -164,7 +164,7 @@ def run_command(
 
     with cli_parts.screen(as_json, run, overrides) as screen:
         results: dict[str, Any] = {}
-        for loaded in load(run, overrides or []):
+        for loaded in cli_steps.one_by_one(load(run, overrides or []), screen):
             with cli_plan.limits(loaded, max_hours, max_cost, prices):
                 if (done := cli_steps.of_labels(loaded, screen)) is None:
                     labelled, trained, measured = pipeline.run_all(loaded, screen)

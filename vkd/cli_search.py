@@ -71,28 +71,42 @@ def search(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="A video.")],
     budget: Annotated[str, typer.Option(help="The share of the index that is compared frame by frame.")] = "5%",
     top: Annotated[int, typer.Option(help="How many videos are shown.", min=1)] = 20,
+    actors: Annotated[int, typer.Option(help="So many actors of the Ray cluster hold the index between them; 0: this process.", min=0)] = 0,
     page: Annotated[str | None, typer.Option(metavar="OUT.html", help="Write a page with the matching segments.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find the videos of an index that show what a video shows, and where."""
-    from vkd.search import query as searching
-    from vkd.search import videos
-    from vkd.search.index import Index
-    from vkd.video.access import Access
-
     with cli_parts.screen(as_json) as screen:
         screen.stage("search")
-        share, opened = cli_parts.fraction("--budget", budget), Index.open(cli_parts.absolute(index))
         uri = cli_parts.absolute(query)
-        hits = searching.search(opened, videos.regions_of(uri, opened.features, Access()), share, top)
+        num_videos, hits = _found(cli_parts.absolute(index), uri, cli_parts.fraction("--budget", budget), top, actors)
         screen.close()
-        screen.table(f"{len(opened)} videos, {budget} compared finely", ("", "score", "", "query", "found", "video"), _rows(hits))
+        screen.table(f"{num_videos} videos, {budget} compared finely", ("", "score", "", "query", "found", "video"), _rows(hits))
         if not any(hit.matches for hit in hits):
             screen.line("no match: these are only the most similar videos")
         if page is not None:
             _write(page, uri, hits)
             screen.line(f"page: {escape(page)}")
-        cli_parts.finish(as_json, {"videos": len(opened), "hits": [_told(hit) for hit in hits], "page": page})
+        cli_parts.finish(as_json, {"videos": num_videos, "hits": [_told(hit) for hit in hits], "page": page})
+
+
+def _found(index: str, query: str, budget: float, top: int, num_actors: int) -> tuple[int, list[Hit]]:
+    """How many videos were searched, and the best of them."""
+    from vkd.search import query as searching
+    from vkd.search import videos
+    from vkd.search.index import Index
+    from vkd.video.access import Access
+
+    if not num_actors:
+        opened = Index.open(index)
+        return len(opened), searching.search(opened, videos.regions_of(query, opened.features, Access()), budget, top)
+    from vkd import cluster
+    from vkd.compute import Compute
+    from vkd.search.sharded import ShardedIndex
+
+    with cluster.session(Compute()), cluster.worker_errors():
+        spread = ShardedIndex(index, num_actors)
+        return len(spread), spread.search(videos.regions_of(query, spread.features, Access()), budget, top)
 
 
 def _write(place: str, uri: str, hits: list[Hit]) -> None:

@@ -100,5 +100,5 @@ def build_manifest(run: Run, watch: Watcher) -> None:
         watch.stage("copies")
         source, label_from = copying.make(data, data.copies, watch.copied), None  # the table has the labels
     watch.stage("manifest")
-    options = BuildOptions(label_from=label_from, chunk_size=data.chunk_size, allow=data.access.allow or ())
+    options = BuildOptions(label_from=label_from, hash=data.hash, chunk_size=data.chunk_size, allow=data.access.allow or ())
     manifest.build(source, data.manifest, options, watch.probed)

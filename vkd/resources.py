@@ -90,7 +90,11 @@ def requested(compute: Compute, aliases: Sequence[str], beside_training: bool = 
 
 def check_students(student: StudentGroup) -> None:
     """Raises ConfigError when the cluster can never hold the smallest student group; calls nodes for it where the cluster autoscales."""
-    need = student_need(student, student.min_workers)
+    require(student_need(student, student.min_workers))
+
+
+def require(need: Need) -> None:
+    """Raises ConfigError when the cluster can never hold this; calls nodes for it where the cluster autoscales."""
     autoscaler.call_for_nodes([need], cluster_nodes)
     nodes = cluster_nodes()
     _, lacking = place(nodes, [need])

@@ -46,7 +46,8 @@ class Views(ViewPolicy):
 class Data(Part):
     """Which videos, cut into which clips, seen how.
 
-    Local files are read only in `source` and in the folders of `allow`. Remote objects up to `max_inline_bytes` are read whole,
+    With `hash` videos are known by their content, which is read whole once, and not by size and time: a local corpus may be copied
+    anew. Local files are read only in `source` and in the folders of `allow`. Remote objects up to `max_inline_bytes` are read whole,
     larger ones in ranges; all decode workers together make at most `max_requests_per_s`. With `copies`, near-duplicates of the
     videos are rendered and listed beside them.
     """
@@ -55,6 +56,7 @@ class Data(Part):
     source: str | None = None
     copies: Copies | None = None
     label_from: str | None = None
+    hash: bool = False
     chunk_size: int = Field(default=64, ge=1)
     clips: ClipPlan = ClipPlan()
     split: SplitPlan = SplitPlan()

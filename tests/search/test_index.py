@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -130,13 +129,6 @@ def test_damaged_shards_are_told(tmp_path: Path) -> None:
     place.unlink()
     with pytest.raises(StorageError, match=r"fine.parquet.*gone"):
         Index.open(str(tmp_path), nets).fetch(np.array([0]))
-
-
-def test_an_index_may_be_sent_to_another_process(tmp_path: Path) -> None:
-    (videos, read), nets = corpus(3), networks()
-    index = build(videos, read.__getitem__, nets, FEATURES, str(tmp_path))
-    (codes,) = pickle.loads(pickle.dumps(index)).fetch(np.array([2]))
-    assert np.array_equal(codes, index.fetch(np.array([2]))[0])
 
 
 def test_an_index_elsewhere_than_on_disk(tmp_path: Path) -> None:

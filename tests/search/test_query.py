@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -53,20 +51,6 @@ def test_ranking_is_that_of_a_brute_force_search(index: Index, budget: float, le
     assert [(hit.video_id, hit.is_fine) for hit in hits] == [(key, is_fine) for key, _, is_fine in expected]
     assert [hit.score for hit in hits] == pytest.approx([score for _, score, _ in expected], abs=1e-5)
     assert sum(hit.is_fine for hit in hits) == int(budget * len(VIDEOS))
-
-
-def test_any_map_gives_the_same_and_sees_a_shard_at_a_time(index: Index) -> None:
-    calls = []
-
-    def mapped(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
-        given = list(items)
-        calls.append(len(given))
-        with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(function, given))
-
-    query = regions(9, 200)
-    assert search(index, query, 1.0, 5, map=mapped) == search(index, query, 1.0, 5)
-    assert calls == [4]
 
 
 def test_ties_are_broken_by_id(tmp_path: Path) -> None:

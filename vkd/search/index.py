@@ -26,7 +26,7 @@ from vkd import schema
 from vkd.errors import ConfigError, LabelsMismatch, StorageError
 from vkd.search import calibration
 from vkd.search.calibration import Thresholds
-from vkd.search.networks import PARTS, Codes, Networks
+from vkd.search.networks import Codes, Networks
 from vkd.store import files
 
 INDEX, SHARDS = "index.json", "shards"
@@ -64,7 +64,10 @@ Read = Callable[[str], Float[np.ndarray, "t r d"]]
 
 
 class Index:
-    """An index that is open: coarse vectors, numbers and ids of all videos in memory, fine codes read when asked for."""
+    """An index that is open: coarse vectors, numbers and ids of all videos in memory, fine codes read when asked for.
+
+    `told` is what its index.json says; fewer shards there are an index of fewer videos.
+    """
 
     def __init__(self, uri: str, told: Mapping[str, Any], networks: Networks) -> None:
         self.uri, self.told, self.networks = uri, told, networks
@@ -84,10 +87,7 @@ class Index:
     @classmethod
     def open(cls, uri: str, networks: Networks | None = None) -> Index:
         """The index in a folder, with the networks that lie in it. Raises ConfigError when there is none, StorageError when damaged."""
-        told = _told(uri)
-        if told is None:
-            raise ConfigError("no index here", where=uri, action=f"vkd index RUN {uri}")
-        return cls(uri, told, networks or Networks.load({part: files.join(uri, part) for part in PARTS}))
+        return cls(uri, told_of(uri), networks or Networks.beside(uri))
 
     def __len__(self) -> int:
         return int(self.videos.num_rows)
@@ -97,13 +97,6 @@ class Index:
         """Videos that go on for a second or more after the last frame that was indexed of them."""
         lengths_s = self.videos[schema.DURATION_S].fill_null(0.0).to_numpy()
         return int((lengths_s >= self.num_frames / self.features.fps + 1.0).sum())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_parquet"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._parquet = functools.lru_cache(MAX_OPEN_SHARDS)(self._opened)
 
     def fetch(self, videos: Int[np.ndarray, " k"]) -> list[Shaped[np.ndarray, "_ r w"]]:
         """Fine codes of these videos, in this order; each shard that has some is asked once."""
@@ -129,6 +122,14 @@ class Index:
             return pq.ParquetFile(uri, memory_map=True, page_checksum_verification=True)
         fs, path = files.arrow_filesystem(uri)
         return pq.ParquetFile(path, filesystem=fs, pre_buffer=True, page_checksum_verification=True)
+
+
+def told_of(uri: str) -> dict[str, Any]:
+    """What an index is made of. Raises ConfigError when there is none, or one of another format."""
+    told = _told(uri)
+    if told is None:
+        raise ConfigError("no index here", where=uri, action=f"vkd index RUN {uri}")
+    return told
 
 
 def build(videos: Sequence[Video], read: Read, networks: Networks, features: Features, out: str) -> Index:

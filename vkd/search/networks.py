@@ -61,6 +61,11 @@ class Networks:
             {f"{part}/{name}": files.read(files.join(folders[part], name)) for part in PARTS for name in (CONFIG, WEIGHTS)},
         )
 
+    @classmethod
+    def beside(cls, index_uri: str) -> Networks:
+        """Those that lie in an index's folder."""
+        return cls.load({part: files.join(index_uri, part) for part in PARTS})
+
     def __post_init__(self) -> None:
         # a convolution over a map whose channels come last takes a third of the time; results differ by rounding
         self.fine.comparator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from vkd import schema
 from vkd.search import comparison, segments
@@ -19,8 +17,6 @@ from vkd.search.segments import Block
 
 SELECTOR_PAIRS = 1 << 14  # asked at once
 TIE_DECIMALS = 6  # a matrix product gives equal rows values that differ by rounding
-
-Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
 class Segment(NamedTuple):
@@ -55,60 +51,65 @@ class Ranking(NamedTuple):
     order: Int[np.ndarray, " n"]
 
 
-def search(index: Index, query_regions: Float[np.ndarray, "t r d"], budget: float = 0.05, top: int = 20, map: Map = map) -> list[Hit]:
-    """The best `top` videos. The share `budget` of the index is compared finely; `map` may do so on several machines."""
+def search(index: Index, query_regions: Float[np.ndarray, "t r d"], budget: float = 0.05, top: int = 20) -> list[Hit]:
+    """The best `top` videos. The share `budget` of the index is compared finely."""
     query = index.networks.index(query_regions)
-    ranking = rank(index, query, budget, map)
-    best = ranking.order[:top]
-    best_codes = index.fetch(best)
-    fine = comparison.scores(index.networks.fine, query.fine, best_codes) / 2 + 0.5
-    query_s = len(query_regions) / index.features.fps
-    hits = []
-    for number, codes, fine_score, row in zip(best.tolist(), best_codes, fine, index.videos.take(best).to_pylist(), strict=True):
-        matches = bool(fine_score >= index.thresholds.match)
-        duration_s = row[schema.DURATION_S]
-        block = _block(index, query, len(query_regions), codes, duration_s) if matches else None
-        segment = None if block is None else _seconds(block, index.features.fps, query_s, duration_s)
-        found = float(ranking.scores[number]), bool(ranking.is_fine[number])
-        hits.append(Hit(row[schema.VIDEO_ID], row[schema.URI], duration_s, *found, matches, segment))
-    return hits
+    return hits(index, query, len(query_regions), rank(index, query, budget), top)
 
 
-def rank(index: Index, query: Codes, budget: float, map: Map = map) -> Ranking:
+def rank(index: Index, query: Codes, budget: float) -> Ranking:
     """All videos of an index: int(budget * N) by their fine score mapped to [0, 1], the others by the coarse one as it is."""
-    scores = index.coarse @ query.coarse
-    chosen = select(index, query, scores, budget)
-    is_fine = np.zeros(len(index), np.bool_)
-    is_fine[chosen] = True
-    scores[chosen] = fine_scores(index, query, chosen, map) / 2 + 0.5
-    return Ranking(scores, is_fine, _descending(index, scores))
+    needs = need(index, query)
+    return ranking(index, query, best_first(needs, index.id_rank)[: int(budget * len(index))])
 
 
 @torch.inference_mode()
-def select(index: Index, query: Codes, coarse: Float[np.ndarray, " n"], budget: float) -> Int[np.ndarray, " k"]:
-    """The int(budget * N) videos that most need the fine score; of equal ones by id."""
-    theirs, similarity = torch.from_numpy(index.selector), torch.from_numpy(coarse)
-    parts = zip(*(torch.split(x, SELECTOR_PAIRS) for x in (theirs, similarity)), strict=True)
-    need = torch.cat([index.networks.selector(torch.full_like(e, query.selector), e, s) for e, s in parts])
-    return _descending(index, need.numpy())[: int(budget * len(index))]
+def need(index: Index, query: Codes) -> Float[np.ndarray, " n"]:
+    """How much each video needs the fine score, by the selector."""
+    theirs, coarse = torch.from_numpy(index.selector), torch.from_numpy(index.coarse @ query.coarse)
+    parts = zip(*(torch.split(x, SELECTOR_PAIRS) for x in (theirs, coarse)), strict=True)
+    return torch.cat([index.networks.selector(torch.full_like(e, query.selector), e, s) for e, s in parts]).numpy()
 
 
-def fine_scores(index: Index, query: Codes, videos: Int[np.ndarray, " k"], map: Map = map) -> Float[np.ndarray, " k"]:
-    """Fine scores in [-1, 1] of these videos, a shard at a time."""
-    shards = index.shard_of[videos]
-    places = [np.flatnonzero(shards == shard) for shard in np.unique(shards)]
+def ranking(index: Index, query: Codes, chosen: Int[np.ndarray, " k"]) -> Ranking:
+    """All videos, those that are `chosen` by their fine score."""
+    scores = index.coarse @ query.coarse
+    is_fine = np.zeros(len(index), np.bool_)
+    is_fine[chosen] = True
+    scores[chosen] = fine_scores(index, query, chosen) / 2 + 0.5
+    return Ranking(scores, is_fine, best_first(scores, index.id_rank))
+
+
+def fine_scores(index: Index, query: Codes, videos: Int[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
+    """Fine scores in [-1, 1] of these videos; codes are fetched a shard at a time, so that they need not all lie in memory."""
     found = np.empty(len(videos), np.float32)
-    for place, scores in zip(places, map(partial(_fetched_scores, index, query), [videos[place] for place in places]), strict=True):
-        found[place] = scores
+    shards = index.shard_of[videos]
+    for shard in np.unique(shards):
+        place = np.flatnonzero(shards == shard)
+        found[place] = comparison.scores(index.networks.fine, query.fine, index.fetch(videos[place]))
     return found
 
 
-def _descending(index: Index, values: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    return np.lexsort((index.id_rank, -values.round(TIE_DECIMALS)))
+def hits(index: Index, query: Codes, query_frames: int, found: Ranking, top: int) -> list[Hit]:
+    """What is told of the best `top` of a ranking; all of them are compared finely, to tell matches and segments."""
+    best = found.order[:top]
+    best_codes = index.fetch(best)
+    fine = comparison.scores(index.networks.fine, query.fine, best_codes) / 2 + 0.5
+    query_s = query_frames / index.features.fps
+    told = []
+    for number, codes, fine_score, row in zip(best.tolist(), best_codes, fine, index.videos.take(best).to_pylist(), strict=True):
+        matches = bool(fine_score >= index.thresholds.match)
+        duration_s = row[schema.DURATION_S]
+        block = _block(index, query, query_frames, codes, duration_s) if matches else None
+        segment = None if block is None else _seconds(block, index.features.fps, query_s, duration_s)
+        score, is_fine = float(found.scores[number]), bool(found.is_fine[number])
+        told.append(Hit(row[schema.VIDEO_ID], row[schema.URI], duration_s, score, is_fine, matches, segment))
+    return told
 
 
-def _fetched_scores(index: Index, query: Codes, videos: Int[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
-    return comparison.scores(index.networks.fine, query.fine, index.fetch(videos))
+def best_first(values: Float[np.ndarray, " n"], ids: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Positions from the highest value down; of values that only rounding tells apart, by id."""
+    return np.lexsort((ids, -values.round(TIE_DECIMALS)))
 
 
 def _block(index: Index, query: Codes, query_frames: int, codes: np.ndarray, duration_s: float | None) -> Block | None:
