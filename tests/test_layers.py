@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vkd.clips import Sampling
-from vkd.layers import EncoderBlock, ShiftBlock, check_clips, group_norm, temporal_shift
+from vkd.layers import EncoderBlock, ShiftBlock, check_clips, group_norm, num_groups, temporal_shift
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 5])
@@ -31,9 +31,10 @@ def test_temporal_shift_leaves_fewer_than_eight_channels() -> None:
 
 @given(st.integers(1, 300), st.integers(1, 32))
 def test_groups_divide(num_channels: int, max_groups: int) -> None:
-    norm = group_norm(num_channels, max_groups)
-    assert num_channels % norm.num_groups == 0
-    assert norm.num_groups <= max_groups
+    found = num_groups(num_channels, max_groups)
+    assert num_channels % found == 0
+    assert found <= max_groups
+    assert group_norm(num_channels).num_groups == num_groups(num_channels)
 
 
 @pytest.mark.parametrize(("num_out", "stride", "size_px"), [(8, 1, 6), (16, 1, 6), (16, 2, 3)])

@@ -25,9 +25,14 @@ def temporal_shift(x: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t c h w"]:
     return torch.cat([forward, backward, x[:, :, 2 * num_shifted :]], dim=2)
 
 
-def group_norm(num_channels: int, max_groups: int = 8) -> nn.GroupNorm:
-    """GroupNorm of as many groups as divide both numbers: each example is normalised by itself."""
-    return nn.GroupNorm(math.gcd(num_channels, max_groups), num_channels)
+def num_groups(num_channels: int, max_groups: int = 8) -> int:
+    """As many groups as divide both numbers."""
+    return math.gcd(num_channels, max_groups)
+
+
+def group_norm(num_channels: int) -> nn.GroupNorm:
+    """GroupNorm of at most 8 groups: each example is normalised by itself."""
+    return nn.GroupNorm(num_groups(num_channels), num_channels)
 
 
 def check_clips(clips: Float[Tensor, "b t 3 h w"], sampling: Sampling) -> None:

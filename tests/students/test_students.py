@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from vkd.errors import ConfigError
+from vkd.layers import group_norm
 from vkd.metrics.cost import num_parameters
 from vkd.models import ModelSpec, build, find
 from vkd.schema import FRAMES
 from vkd.students import STUDENTS
 from vkd.students.base import FEATURES, Student, normalise
+from vkd.students.tiny_r3d import Norm
 from vkd.students.tiny_vit import tubelets
 
 HEADS = {"logits": 11, "embedding": 7}
@@ -148,6 +150,19 @@ def test_number_of_r3d_parameters() -> None:
     assert num_parameters(student("tiny_r3d", heads={})) == 355_110
     small = student("tiny_r3d", heads={"logits": 12}, widths=[4, 8, 16, 32])
     assert num_parameters(small) == 58_092 + 33 * 12
+
+
+@pytest.mark.parametrize("num_channels", [4, 8, 10])
+def test_the_norm_of_r3d_is_groupnorm(num_channels: int) -> None:
+    x = torch.randn(2, num_channels, 3, 5, 5).to(memory_format=torch.channels_last_3d).requires_grad_()
+    ours, plain = Norm(num_channels), group_norm(num_channels)
+    found, expected = ours(x), plain(x)
+    assert torch.allclose(found, expected, atol=1e-5) and found.stride() == expected.stride()
+    weight = torch.randn(found.shape)
+    for a, b in zip(
+        *(torch.autograd.grad((y * weight).sum(), [x, *m.parameters()]) for y, m in ((found, ours), (expected, plain))), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "size"), SUBSTAGES)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vkd.clips import Sampling
-from vkd.layers import check_clips, group_norm
+from vkd.layers import check_clips, num_groups
 from vkd.students.base import Student
 
 NUM_STAGES = 4
@@ -38,7 +39,7 @@ class TinyR3D(Student):
         super().__init__(Sampling(num_frames=num_frames, size_px=size_px), widths[-1], heads)
         first, second, third, fourth = widths
         kernel, stride, padding = (3, stem_px, stem_px), (1, stem_stride, stem_stride), (1, stem_px // 2, stem_px // 2)
-        self.stem = nn.Sequential(nn.Conv3d(3, first, kernel, stride, padding, bias=False), group_norm(first), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv3d(3, first, kernel, stride, padding, bias=False), Norm(first), nn.ReLU())
         self.layer1, self.layer2 = BasicBlock(first, first), BasicBlock(first, second, stride=2)
         self.layer3, self.layer4 = BasicBlock(second, third, stride=2), BasicBlock(third, fourth, stride=2)
         self.substages = tuple(f"layer{number}" for number in range(1, NUM_STAGES + 1))
@@ -53,18 +54,34 @@ class TinyR3D(Student):
         return maps.mean(dim=(2, 3, 4))
 
 
+class Norm(nn.GroupNorm):
+    """GroupNorm of at most 8 groups. Where each channel is a group, a CPU takes channels one after another, and puts them last again.
+
+    That takes it a fraction of the time that it takes for such groups in maps whose channels lie last.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__(num_groups(num_channels), num_channels)
+
+    def forward(self, x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b c t h w"]:
+        """What GroupNorm gives, up to rounding."""
+        if not x.is_cpu or self.num_groups < self.num_channels:
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last_3d)
+
+
 class BasicBlock(nn.Module):
     """A residual block of two 3x3x3 convolutions; the stride holds in time and space."""
 
     def __init__(self, num_in: int, num_out: int, stride: int = 1) -> None:
         super().__init__()
         self.conv1 = nn.Conv3d(num_in, num_out, 3, stride, padding=1, bias=False)
-        self.norm1 = group_norm(num_out)
+        self.norm1 = Norm(num_out)
         self.conv2 = nn.Conv3d(num_out, num_out, 3, padding=1, bias=False)
-        self.norm2 = group_norm(num_out)
+        self.norm2 = Norm(num_out)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or num_in != num_out:
-            self.shortcut = nn.Sequential(nn.Conv3d(num_in, num_out, 1, stride, bias=False), group_norm(num_out))
+            self.shortcut = nn.Sequential(nn.Conv3d(num_in, num_out, 1, stride, bias=False), Norm(num_out))
 
     def forward(self, x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b c2 t2 h2 w2"]:
         residual = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
