@@ -98,10 +98,9 @@ def test_videos_are_indexed_found_and_shown(main: Main, indexed: Path, tmp_path:
     assert len(others) == 2 and all(hit["score"] < first["score"] - 1e-4 for hit in others)
     code, out, _ = main("search", tmp_path / "index", copy)
     assert code == 0 and out.count(".mp4") == NUM_VIDEOS and "no match: these are only" in out
-    place = tmp_path / "index" / "index.json"  # thresholds of drawn networks mean nothing
-    told = json.loads(place.read_text())
-    place.write_text(json.dumps(told | {"thresholds": told["thresholds"] | {"match": 0.0}}))
-    code, out, err = main("search", tmp_path / "index", copy, "--budget", "100%", "--page", tmp_path / "page.html", "--json")
+    code, out, err = main(
+        "search", tmp_path / "index", copy, "--budget", "100%", "--match-from", 0, "--page", tmp_path / "page.html", "--json"
+    )
     assert code == 0 and f"page: {tmp_path}/page.html" in err and "no match" not in err
     parts = [hit["segment"] for hit in json.loads(out)["hits"] if hit["segment"]]
     assert parts and all(0 <= part["start_s"] < part["end_s"] <= 2 and part["query_start_s"] < part["query_end_s"] for part in parts)

@@ -51,7 +51,11 @@ def built(run: Run, asked: Index, screen: Screen) -> dict[str, Any]:
     listed, label_set, features = videos.of_run(run)
     made = indexing.build(listed, RegionStore(label_set.uri).read, networks, features, asked.out)
     screen.close()
-    screen.line(f"{asked.out}: {len(made)} videos in {len(made.shards)} shards; a match scores at least {made.thresholds.match:.3f}")
+    recall = made.thresholds.recall
+    reached = "" if recall is None else f", which {recall:.0%} of the pairs known to show the same do"
+    screen.line(
+        f"{asked.out}: {len(made)} videos in {len(made.shards)} shards; a match scores at least {made.thresholds.match:.3f}{reached}"
+    )
     if cut_short := made.cut_short:
         told = f"of {cut_short} videos only the beginning is indexed: what their features leave out is never found"
         screen.line(f"{told} (a larger max_frames of the teacher, then vkd label RUN)")
@@ -72,6 +76,7 @@ def search(
     budget: Annotated[str, typer.Option(help="The share of the index that is compared frame by frame.")] = "5%",
     top: Annotated[int, typer.Option(help="How many videos are shown.", min=1)] = 20,
     actors: Annotated[int, typer.Option(help="So many actors of the Ray cluster hold the index between them; 0: this process.", min=0)] = 0,
+    match_from: Annotated[float | None, typer.Option(help="The fine score of a match; the index's own unless told.", min=0, max=1)] = None,
     page: Annotated[str | None, typer.Option(metavar="OUT.html", help="Write a page with the matching segments.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -79,7 +84,7 @@ def search(
     with cli_parts.screen(as_json) as screen:
         screen.stage("search")
         uri = cli_parts.absolute(query)
-        num_videos, hits = _found(cli_parts.absolute(index), uri, cli_parts.fraction("--budget", budget), top, actors)
+        num_videos, hits = _found(cli_parts.absolute(index), uri, cli_parts.fraction("--budget", budget), top, actors, match_from)
         screen.close()
         screen.table(f"{num_videos} videos, {budget} compared finely", ("", "score", "", "query", "found", "video"), _rows(hits))
         if not any(hit.matches for hit in hits):
@@ -90,7 +95,7 @@ def search(
         cli_parts.finish(as_json, {"videos": num_videos, "hits": [_told(hit) for hit in hits], "page": page})
 
 
-def _found(index: str, query: str, budget: float, top: int, num_actors: int) -> tuple[int, list[Hit]]:
+def _found(index: str, query: str, budget: float, top: int, num_actors: int, match_from: float | None) -> tuple[int, list[Hit]]:
     """How many videos were searched, and the best of them."""
     from vkd.search import query as searching
     from vkd.search import videos
@@ -98,14 +103,14 @@ def _found(index: str, query: str, budget: float, top: int, num_actors: int) -> 
     from vkd.video.access import Access
 
     if not num_actors:
-        opened = Index.open(index)
+        opened = Index.open(index, match_from=match_from)
         return len(opened), searching.search(opened, videos.regions_of(query, opened.features, Access()), budget, top)
     from vkd import cluster
     from vkd.compute import Compute
     from vkd.search.sharded import ShardedIndex
 
     with cluster.session(Compute()), cluster.worker_errors():
-        spread = ShardedIndex(index, num_actors)
+        spread = ShardedIndex(index, num_actors, match_from)
         return len(spread), spread.search(videos.regions_of(query, spread.features, Access()), budget, top)
 
 

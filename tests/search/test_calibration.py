@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vkd.search.calibration import calibrate, random_pairs
+from vkd.search.calibration import calibrate, known_pairs, random_pairs
 
 
 def test_an_exponential_tail_is_continued_where_scores_end() -> None:
@@ -32,3 +32,9 @@ def test_pairs_are_of_different_videos_and_sources_and_always_the_same() -> None
     assert 0 < len(pairs) <= 30 and np.array_equal(pairs, random_pairs(shown))
     assert {tuple(sorted(pair)) for pair in pairs.tolist()} == {(0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4)}
     assert random_pairs([["a"], ["b", "a"]]).shape == (0, 2) and random_pairs([[]]).shape == (0, 2)
+
+
+def test_pairs_that_show_the_same_are_drawn_of_each_name() -> None:
+    pairs = known_pairs([["a"], ["a", "c"], [], ["c"], ["b"]])
+    assert {tuple(sorted(pair)) for pair in pairs.tolist()} == {(0, 1), (1, 3)} and len(pairs) == 200
+    assert known_pairs([["a"], ["b"]]).shape == (0, 2)

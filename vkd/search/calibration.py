@@ -1,4 +1,4 @@
-"""Thresholds of an index, from pairs of its videos that show different things."""
+"""Thresholds of an index, from pairs of its videos that show different things; and how many of those that show the same reach them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vkd.students.visil import FineStudent
 
 MAX_FALSE_MATCHES = 0.01  # of a query that has no copy in the index, on average
 NUM_PAIRS = 1000
+NUM_COPIES = 200  # pairs that are known to show the same
 CELL_QUANTILE = 0.99  # of frame pairs of different videos
 HIGH, HIGHER = 0.9, 0.95
 Fetch = Callable[[Int[np.ndarray, " k"]], list[Codes]]
@@ -22,10 +23,14 @@ Fetch = Callable[[Int[np.ndarray, " k"]], list[Codes]]
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Of a pair of videos the fine score in [0, 1] from which they match; of a pair of frames the similarity that counts as alike."""
+    """Of a pair of videos the fine score in [0, 1] from which they match; of a pair of frames the similarity that counts as alike.
+
+    `recall`: the share of the pairs that are known to show the same that match; None where no such pair is known.
+    """
 
     match: float = 1.0
     cell: float = 1.0
+    recall: float | None = None
 
 
 def calibrate(negatives: Float[np.ndarray, " k"], num_videos: int, max_false_matches: float = MAX_FALSE_MATCHES) -> float:
@@ -42,16 +47,24 @@ def calibrate(negatives: Float[np.ndarray, " k"], num_videos: int, max_false_mat
     return min(1.0, float(high + slope * math.log((1 - HIGH) / share)))
 
 
-def of_pairs(fine: FineStudent, pairs: Int[np.ndarray, "k 2"], fetch: Fetch, num_videos: int) -> Thresholds:
-    """From pairs of different videos among `num_videos`; nothing matches when there are none."""
-    if not len(pairs):
+def of_pairs(fine: FineStudent, apart: Int[np.ndarray, "k 2"], alike: Int[np.ndarray, "m 2"], fetch: Fetch, num_videos: int) -> Thresholds:
+    """From pairs of different videos among `num_videos`, and others that show the same; nothing matches when there are none apart."""
+    if not len(apart):
         return Thresholds()
+    scores, cells = _compared(fine, apart, fetch)
+    match = calibrate(scores, num_videos)
+    recall = float((_compared(fine, alike, fetch)[0] >= match).mean()) if len(alike) else None
+    return Thresholds(match, float(np.median(cells)), recall)
+
+
+def _compared(fine: FineStudent, pairs: Int[np.ndarray, "k 2"], fetch: Fetch) -> tuple[Float[np.ndarray, " k"], list[float]]:
+    """Of each pair the fine score in [0, 1], and a high quantile of its frames' similarities; in no order."""
     scores, cells = [], []
     for first in np.unique(pairs[:, 0]):
         query, *targets = fetch(np.concatenate([[first], pairs[pairs[:, 0] == first, 1]]))
         scores.append(comparison.scores(fine, query, targets))
         cells += [float(np.quantile(comparison.frames(fine, query, target).numpy(), CELL_QUANTILE)) for target in targets]
-    return Thresholds(calibrate(np.concatenate(scores) / 2 + 0.5, num_videos), float(np.median(cells)))
+    return np.concatenate(scores) / 2 + 0.5, cells
 
 
 def random_pairs(shown: Sequence[Collection[str]]) -> Int[np.ndarray, "k 2"]:
@@ -60,3 +73,15 @@ def random_pairs(shown: Sequence[Collection[str]]) -> Int[np.ndarray, "k 2"]:
     drawn = rng.integers(0, n, (2 * NUM_PAIRS, 2))
     apart = dict.fromkeys((i, j) for i, j in drawn.tolist() if i != j and set(shown[i]).isdisjoint(shown[j]))
     return np.array(list(apart)[:NUM_PAIRS], np.int64).reshape(-1, 2)
+
+
+def known_pairs(shown: Sequence[Collection[str]]) -> Int[np.ndarray, "k 2"]:
+    """At most 200 pairs of different videos that are known to show the same; always the same for what is `shown`."""
+    showing: dict[str, list[int]] = {}
+    for video, names in enumerate(shown):
+        for name in names:
+            showing.setdefault(name, []).append(video)
+    groups = [videos for _, videos in sorted(showing.items()) if len(videos) > 1]
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(groups[i % len(groups)], 2, replace=False) for i in range(NUM_COPIES if groups else 0)]
+    return np.array(drawn, np.int64).reshape(-1, 2)

@@ -85,9 +85,9 @@ class Index:
         self._parquet = functools.lru_cache(MAX_OPEN_SHARDS)(self._opened)
 
     @classmethod
-    def open(cls, uri: str, networks: Networks | None = None) -> Index:
+    def open(cls, uri: str, networks: Networks | None = None, match_from: float | None = None) -> Index:
         """The index in a folder, with the networks that lie in it. Raises ConfigError when there is none, StorageError when damaged."""
-        return cls(uri, told_of(uri), networks or Networks.beside(uri))
+        return cls(uri, told_of(uri, match_from), networks or Networks.beside(uri))
 
     def __len__(self) -> int:
         return int(self.videos.num_rows)
@@ -124,11 +124,16 @@ class Index:
         return pq.ParquetFile(path, filesystem=fs, pre_buffer=True, page_checksum_verification=True)
 
 
-def told_of(uri: str) -> dict[str, Any]:
-    """What an index is made of. Raises ConfigError when there is none, or one of another format."""
+def told_of(uri: str, match_from: float | None = None) -> dict[str, Any]:
+    """What an index is made of; `match_from` is another score of a match than its own.
+
+    Raises ConfigError when there is none, or one of another format.
+    """
     told = _told(uri)
     if told is None:
         raise ConfigError("no index here", where=uri, action=f"vkd index RUN {uri}")
+    if match_from is not None:
+        told["thresholds"]["match"] = match_from
     return told
 
 
@@ -155,8 +160,9 @@ def build(videos: Sequence[Video], read: Read, networks: Networks, features: Fea
     told: dict[str, Any] = {"format_version": FORMAT_VERSION, "features": vars(features), "networks": networks.digests}
     told |= {"encoding": networks.encoding, "num_regions": read(videos[0].name).shape[1], "num_videos": len(videos), "shards": names}
     index = Index(out, told | {"thresholds": vars(Thresholds())}, networks)
-    pairs = calibration.random_pairs([video.shown for video in videos])
-    told["thresholds"] = vars(calibration.of_pairs(networks.fine, pairs, index.fetch, len(videos)))
+    shown = [video.shown for video in videos]
+    apart, alike = calibration.random_pairs(shown), calibration.known_pairs(shown)
+    told["thresholds"] = vars(calibration.of_pairs(networks.fine, apart, alike, index.fetch, len(videos)))
     files.put(files.join(out, INDEX), json.dumps(told, indent=1).encode())  # last: what it names is there
     _delete_all_but(names, out)
     return Index(out, told, networks)

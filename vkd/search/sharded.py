@@ -56,9 +56,9 @@ class ShardedIndex:
     Ray starts an actor again that dies with its node, which then reads its shards again.
     """
 
-    def __init__(self, uri: str, num_actors: int) -> None:
+    def __init__(self, uri: str, num_actors: int, match_from: float | None = None) -> None:
         """Raises ConfigError when there is no index, or no room for the actors."""
-        told = told_of(uri)
+        told = told_of(uri, match_from)
         shards = told["shards"]
         self.networks, self.features = Networks.beside(uri), Features(**told["features"])
         num_parts = min(num_actors, len(shards))
