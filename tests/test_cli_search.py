@@ -30,10 +30,13 @@ PARTS = ("coarse", "fine", "selector")
 
 
 class Tiles(fakes.TinyTeacher):
-    """Two frames a second, of each 3 x 3 unit vectors: fixed random maps of the colours of tiles."""
+    """Two frames a second, of each 3 x 3 unit vectors: maps of the colours of tiles, by numbers that lie in a file."""
 
-    def __init__(self) -> None:
+    places = ("waves",)
+
+    def __init__(self, waves: str) -> None:
         super().__init__()
+        self.waves = waves
         self.sampling = Sampling(num_frames=8, size_px=24, mode="fps", fps=2.0)
 
     @property
@@ -46,7 +49,7 @@ class Tiles(fakes.TinyTeacher):
 
     def __call__(self, batch: Columns) -> Columns:
         tiles = batch[FRAMES].reshape(-1, 8, 3, 8, 3, 8, 3).astype(np.float32).mean((3, 5)).reshape(-1, 8, 9, 3)
-        mapped = np.sin(tiles / 255 @ np.random.default_rng(0).normal(size=(3, paired.NUM_DIMS)).astype(np.float32) * 9)
+        mapped = np.sin(tiles / 255 @ np.load(self.waves))
         regions = np.empty(len(mapped), object)
         for i, duration_s in enumerate(batch[DURATION_S].tolist()):
             regions[i] = (mapped[i] / np.linalg.norm(mapped[i], axis=2, keepdims=True))[: math.ceil(2 * float(duration_s or 4))]
@@ -61,7 +64,8 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(NUM_VIDEOS):  # all are 2 s long and count at different speeds
         make_clip(folder / "videos" / f"v{number}.mp4", [i / (5 + 3 * number) for i in range((5 + 3 * number) * 2)], size_px=(64, 64))
     build(str(folder / "videos"), f"{folder}/manifest", BuildOptions(chunk_size=3))
-    recipe = {"name": "label", "models": {"regions": "test_cli_search:Tiles"}}
+    np.save(folder / "waves.npy", np.random.default_rng(0).normal(size=(3, paired.NUM_DIMS)).astype(np.float32) * 9)
+    recipe = {"name": "label", "models": {"regions": {"name": "test_cli_search:Tiles", "waves": f"{folder}/waves.npy"}}}
     tree = small.tree_of(folder) | {"labels": {"store": f"{folder}/labels"}, "recipe": recipe}
     run = parse(tree | {"data": {"manifest": f"{folder}/manifest", "allow": ["/"]}})
     small.label(run)
@@ -106,6 +110,24 @@ def test_videos_are_indexed_found_and_shown(main: Main, indexed: Path, tmp_path:
     assert parts and all(0 <= part["start_s"] < part["end_s"] <= 2 and part["query_start_s"] < part["query_end_s"] for part in parts)
     page = (tmp_path / "page.html").read_text()
     assert f"{NUM_VIDEOS} of {NUM_VIDEOS} match" in page and page.count("<img") == 2 * NUM_THUMBNAILS * len(parts)
+
+
+@pytest.mark.parametrize("out", ["{}/index", "memory://kept/index"])
+def test_an_index_needs_no_file_outside(main: Main, indexed: Path, tmp_path: Path, out: str) -> None:
+    index = out.format(tmp_path)
+    code, _, err = main(*words(indexed, index))
+    assert code == 0, err
+    assert main(*words(indexed, index))[0] == 0, "the same index again"
+    copy = shutil.copy(indexed / "videos" / "v3.mp4", tmp_path / "query.mp4")
+    if "://" not in index:
+        index = shutil.move(index, tmp_path / "moved")
+    (indexed / "waves.npy").rename(tmp_path / "waves.npy")
+    try:
+        code, found, err = main("search", index, copy, "--json")
+    finally:
+        (tmp_path / "waves.npy").rename(indexed / "waves.npy")
+    assert code == 0, err
+    assert json.loads(found)["hits"][0]["uri"].endswith("v3.mp4")
 
 
 def test_networks_that_do_not_fit_are_told_in_one_line(main: Main, indexed: Path, tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ def _found(index: str, query: str, budget: float, top: int, num_actors: int, mat
 
     with cluster.session(Compute()), cluster.worker_errors():
         spread = ShardedIndex(index, num_actors, match_from)
-        return len(spread), spread.search(videos.regions_of(query, spread.features, Access()), budget, top)
+        hits = spread.search(videos.regions_of(query, spread.features, Access()), budget, top)
+        return len(spread), hits
 
 
 def _write(place: str, uri: str, hits: list[Hit]) -> None:

@@ -9,7 +9,8 @@ import paired
 import pytest
 import ray
 
-from vkd.errors import ConfigError
+from vkd import cluster
+from vkd.errors import ConfigError, StorageError
 from vkd.search import calibration
 from vkd.search import index as indexing
 from vkd.search.index import Features, Video
@@ -50,3 +51,10 @@ def test_actors_find_what_one_process_finds_also_after_one_died(folder: str) -> 
 def test_more_actors_than_the_cluster_holds_are_refused(folder: str) -> None:
     with pytest.raises(ConfigError, match="needs 4 search actors of 1 CPU each; 2 of them find no place"):
         ShardedIndex(folder, 4)
+
+
+def test_a_damaged_shard_is_told_by_its_name(folder: str) -> None:
+    shard = sorted(path for path in Path(folder, "shards").iterdir() if ".fine." not in path.name)[0]
+    shard.write_bytes(b"damaged")
+    with pytest.raises(StorageError, match=f"{shard.name}: gone or damaged"), cluster.worker_errors():
+        ShardedIndex(folder, 2)

@@ -1,7 +1,7 @@
 """An index: what is stored of each video, so that a query is compared coarsely with all and finely with some.
 
 OUT/index.json                      what it was made of and how; its shards in order
-OUT/{coarse,fine,selector}/         the networks, so that the folder can be moved
+OUT/{coarse,fine,selector,teacher}/ the networks, and the files that the teacher names, so that the folder can be moved
 OUT/shards/<digest>.parquet         a row a video: id, uri, seconds, coarse vector (float32 bytes), selector's number, frames
 OUT/shards/<digest>.fine.parquet    the same rows' fine codes, one a row group, uncompressed: any one can be read alone
 
@@ -14,7 +14,8 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,13 +52,23 @@ class Video(NamedTuple):
 class Features:
     """The label set that regions come from, its frames per second, and the teacher (as a run file names it) that gives a query's.
 
-    `identity` is what that teacher said of itself then: the files that it names may be others by now.
+    `identity` is what that teacher said of itself then; `files` are those of its options that name files. The index has copies of these.
     """
 
     name: str
     fps: float
     teacher: Mapping[str, Any]
     identity: Mapping[str, Any]
+    files: list[str] = field(default_factory=list)
+
+    def kept(self) -> Features:
+        """As index.json says it: files are named from the index's folder on."""
+        names = {option: f"teacher/{option}{PurePath(self.teacher[option]).suffix}" for option in self.files}
+        return replace(self, teacher={**self.teacher, **names})
+
+    def kept_in(self, uri: str) -> Features:
+        """The same of an index in this folder, so that its files can be read."""
+        return replace(self, teacher={**self.teacher, **{option: files.join(uri, self.teacher[option]) for option in self.files}})
 
 
 Read = Callable[[str], Float[np.ndarray, "t r d"]]
@@ -71,7 +82,7 @@ class Index:
 
     def __init__(self, uri: str, told: Mapping[str, Any], networks: Networks) -> None:
         self.uri, self.told, self.networks = uri, told, networks
-        self.features, self.thresholds = Features(**told["features"]), Thresholds(**told["thresholds"])
+        self.features, self.thresholds = Features(**told["features"]).kept_in(uri), Thresholds(**told["thresholds"])
         self.shards = [str(name) for name in told["shards"]]
         tables = [_read(_shard(uri, name)) for name in self.shards]
         self.videos = pa.concat_tables(tables)
@@ -144,7 +155,8 @@ def build(videos: Sequence[Video], read: Read, networks: Networks, features: Fea
     """
     if not videos:
         raise ConfigError("no videos to index", where=out, action="vkd label RUN, then the same command again")
-    _refuse(out, networks, features)
+    kept = features.kept()
+    _refuse(out, networks, kept)
     about = [features.name, *networks.digests.items()]
     parts = [videos[start : start + SHARD_VIDEOS] for start in range(0, len(videos), SHARD_VIDEOS)]
     names = [schema.digest(FORMAT_VERSION, *about, *part) for part in parts]
@@ -157,7 +169,9 @@ def build(videos: Sequence[Video], read: Read, networks: Networks, features: Fea
         return Index.open(out, networks)
     for name, data in networks.files.items():
         files.put(files.join(out, name), data)
-    told: dict[str, Any] = {"format_version": FORMAT_VERSION, "features": vars(features), "networks": networks.digests}
+    for option in features.files:
+        files.put(files.join(out, kept.teacher[option]), files.read(features.teacher[option]))
+    told: dict[str, Any] = {"format_version": FORMAT_VERSION, "features": vars(kept), "networks": networks.digests}
     told |= {"encoding": networks.encoding, "num_regions": read(videos[0].name).shape[1], "num_videos": len(videos), "shards": names}
     index = Index(out, told | {"thresholds": vars(Thresholds())}, networks)
     shown = [video.shown for video in videos]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +30,19 @@ class Needs(NamedTuple):
 
 
 class Part:
-    """What runs in an actor: an index of some of the shards."""
+    """What runs in an actor: an index of some of the shards, opened by the first call, whose errors come back as they are."""
 
     def __init__(self, uri: str, told: Mapping[str, Any]) -> None:
+        self.uri, self.told = uri, told
+
+    @cached_property
+    def index(self) -> Index:
         torch.set_num_threads(1)
-        self.index = Index(uri, told, Networks.beside(uri))
-        self.video_ids = np.array(self.index.videos[schema.VIDEO_ID].to_pylist(), np.str_)
+        return Index(self.uri, self.told, Networks.beside(self.uri))
+
+    @cached_property
+    def video_ids(self) -> Shaped[np.ndarray, " n"]:
+        return np.array(self.index.videos[schema.VIDEO_ID].to_pylist(), np.str_)
 
     def size(self) -> int:
         return len(self.index)
@@ -60,14 +68,16 @@ class ShardedIndex:
         """Raises ConfigError when there is no index, or no room for the actors."""
         told = told_of(uri, match_from)
         shards = told["shards"]
-        self.networks, self.features = Networks.beside(uri), Features(**told["features"])
+        self.networks, self.features = Networks.beside(uri), Features(**told["features"]).kept_in(uri)
         num_parts = min(num_actors, len(shards))
         resources.require(Need("search actor", "--actors", num_parts, {"CPU": 1.0}, {}))
         part = ray.remote(Part).options(num_cpus=1, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, scheduling_strategy="SPREAD")
         self.parts = [part.remote(uri, told | {"shards": shards[i::num_parts]}) for i in range(num_parts)]
-        self.num_videos: int = sum(ray.get([each.size.remote() for each in self.parts]))
+        self.num_videos = 0
 
     def __len__(self) -> int:
+        """Waits for the actors when it is asked for the first time."""
+        self.num_videos = self.num_videos or sum(ray.get([part.size.remote() for part in self.parts]))
         return self.num_videos
 
     def search(self, query_regions: Float[np.ndarray, "t r d"], budget: float = 0.05, top: int = 20) -> list[Hit]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from vkd.planning import Plan
 from vkd.run import Run
 from vkd.search.index import Features, Video
 from vkd.stages import clip_of, decode_or_reject
+from vkd.store import files
 from vkd.store.labelset import LabelSet, Reject
 from vkd.teachers import TEACHERS
 from vkd.teachers.base import Teacher
@@ -57,7 +61,8 @@ def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
     fps = _sampling(teacher, alias).fps
     assert fps is not None
     spec = run.recipe.teachers[alias].model_dump(mode="json")
-    return list(videos.values()), label_set, Features(label_set.spec.name, fps, spec, _identity(teacher))
+    named = [option for option in teacher.places if spec.get(option) and not os.path.isdir(spec[option])]
+    return list(videos.values()), label_set, Features(label_set.spec.name, fps, spec, _identity(teacher), named)
 
 
 def regions_of(uri: str, features: Features, access: Access) -> Float[np.ndarray, "t r d"]:
@@ -65,12 +70,15 @@ def regions_of(uri: str, features: Features, access: Access) -> Float[np.ndarray
 
     Raises VideoError when it cannot be decoded, LabelsMismatch when the teacher is no longer the one that the index was made with.
     """
-    teacher: Teacher = models.build(ModelSpec.model_validate(features.teacher), TEACHERS, "teacher")
-    now = _identity(teacher)
-    if differing := sorted(name for name in {*features.identity, *now} if features.identity.get(name) != now.get(name)):
-        what = f"{features.teacher['name']} has another {differing[0]} now than when the index was made: queries would not fit its videos"
-        raise LabelsMismatch(what, where=features.name, action="restore the teacher's files, or vkd index RUN into another folder")
-    teacher.load("cpu")
+    with TemporaryDirectory(prefix="vkd-teacher-") as folder:
+        spec = ModelSpec.model_validate({**features.teacher, **_local(features, folder)})
+        teacher: Teacher = models.build(spec, TEACHERS, "teacher")
+        _require_the_same(teacher, features)
+        teacher.load("cpu")
+        return _regions(uri, teacher, access)
+
+
+def _regions(uri: str, teacher: Teacher, access: Access) -> Float[np.ndarray, "t r d"]:
     settings = Settings((_sampling(teacher, REGIONS),), access=access)
     duration_s = guard.here(settings).probe(uri).duration_s
     video = {schema.VIDEO_ID: ["query"], schema.URI: [uri], schema.DURATION_S: pa.array([duration_s], pa.float64())}
@@ -88,6 +96,23 @@ def _require_whole(example: Mapping[str, Any]) -> None:
     if start_s > 0 or (end_s is not None and duration_s is not None and end_s < duration_s):
         what = f"{example[schema.URI]} is cut into clips, and an index is of whole videos"
         raise ConfigError(what, where="data.clips", action="set data.clips.plan=whole, label again, and index that")
+
+
+def _local(features: Features, folder: str) -> dict[str, str]:
+    """The options of a teacher that name files, which lie in `folder` where they are in storage: weights are read from disk."""
+    found = {option: str(features.teacher[option]) for option in features.files}
+    for option, uri in found.items():
+        if "://" in uri:
+            found[option] = os.path.join(folder, uri.rsplit("/", 1)[-1])
+            Path(found[option]).write_bytes(files.read(uri))
+    return found
+
+
+def _require_the_same(teacher: Teacher, features: Features) -> None:
+    now = _identity(teacher)
+    if differing := sorted(name for name in {*features.identity, *now} if features.identity.get(name) != now.get(name)):
+        what = f"{features.teacher['name']} has another {differing[0]} now than when the index was made: queries would not fit its videos"
+        raise LabelsMismatch(what, where=features.name, action="restore the teacher's files, or vkd index RUN into another folder")
 
 
 def _identity(teacher: Teacher) -> dict[str, Any]:
