@@ -13,6 +13,7 @@ from vkd.cli_parts import Json, Overrides, RunFile
 if TYPE_CHECKING:
     from vkd.console import Screen
     from vkd.run import Run
+    from vkd.search.calibration import Thresholds
     from vkd.search.query import Hit
     from vkd.steps import Index
 
@@ -51,11 +52,7 @@ def built(run: Run, asked: Index, screen: Screen) -> dict[str, Any]:
     listed, label_set, features = videos.of_run(run)
     made = indexing.build(listed, RegionStore(label_set.uri).read, networks, features, asked.out)
     screen.close()
-    recall = made.thresholds.recall
-    reached = "" if recall is None else f", which {recall:.0%} of the pairs known to show the same do"
-    screen.line(
-        f"{asked.out}: {len(made)} videos in {len(made.shards)} shards; a match scores at least {made.thresholds.match:.3f}{reached}"
-    )
+    screen.line(f"{asked.out}: {len(made)} videos in {len(made.shards)} shards; {_match(made.thresholds)}")
     if cut_short := made.cut_short:
         told = f"of {cut_short} videos only the beginning is indexed: what their features leave out is never found"
         screen.line(f"{told} (a larger max_frames of the teacher, then vkd label RUN)")
@@ -113,6 +110,15 @@ def _found(index: str, query: str, budget: float, top: int, num_actors: int, mat
         spread = ShardedIndex(index, num_actors, match_from)
         hits = spread.search(videos.regions_of(query, spread.features, Access()), budget, top)
         return len(spread), hits
+
+
+def _match(found: Thresholds) -> str:
+    shares = [
+        f"{share:.1%} of {which}"
+        for share, which in ((found.recall, "the pairs known to show the same"), (found.by_chance, "other pairs drawn at random"))
+        if share is not None
+    ]
+    return f"a match scores at least {found.match:.3f}" + (f", as do {' and '.join(shares)}" if shares else "")
 
 
 def _write(place: str, uri: str, hits: list[Hit]) -> None:

@@ -17,7 +17,7 @@ MAX_FALSE_MATCHES = 0.01  # of a query that has no copy in the index, on average
 NUM_PAIRS = 1000
 NUM_COPIES = 200  # pairs that are known to show the same
 CELL_QUANTILE = 0.99  # of frame pairs of different videos
-HIGH, HIGHER = 0.9, 0.95
+MIDDLE, HIGH = 0.5, 0.9  # quantiles: more of the pairs may show the same after all, such as one scene on two days
 Fetch = Callable[[Int[np.ndarray, " k"]], list[Codes]]
 
 
@@ -25,26 +25,27 @@ Fetch = Callable[[Int[np.ndarray, " k"]], list[Codes]]
 class Thresholds:
     """Of a pair of videos the fine score in [0, 1] from which they match; of a pair of frames the similarity that counts as alike.
 
-    `recall`: the share of the pairs that are known to show the same that match; None where no such pair is known.
+    `recall`: the share of the pairs that are known to show the same that match, None where no such pair is known; `by_chance`: that
+    of the others, drawn at random.
     """
 
     match: float = 1.0
     cell: float = 1.0
     recall: float | None = None
+    by_chance: float | None = None
 
 
 def calibrate(negatives: Float[np.ndarray, " k"], num_videos: int, max_false_matches: float = MAX_FALSE_MATCHES) -> float:
     """The score that so many of `num_videos` unrelated ones reach on average; at most 1.
 
-    Beyond what the given scores tell, their tail is taken for exponential, with the slope between their 90th and 95th percentile: up
-    to 5 % of them may be copies after all.
+    Beyond what the given scores tell, their tail is taken for exponential, with the slope between their median and 90th percentile.
     """
     share = max_false_matches / num_videos
-    if share >= 1 - HIGH:
+    if share >= 1 - MIDDLE:
         return min(1.0, float(np.quantile(negatives, max(1 - share, 0.0))))
-    high, higher = np.quantile(negatives, [HIGH, HIGHER])
-    slope = (higher - high) / math.log((1 - HIGH) / (1 - HIGHER))
-    return min(1.0, float(high + slope * math.log((1 - HIGH) / share)))
+    middle, high = np.quantile(negatives, [MIDDLE, HIGH])
+    slope = (high - middle) / math.log((1 - MIDDLE) / (1 - HIGH))
+    return min(1.0, float(middle + slope * math.log((1 - MIDDLE) / share)))
 
 
 def of_pairs(fine: FineStudent, apart: Int[np.ndarray, "k 2"], alike: Int[np.ndarray, "m 2"], fetch: Fetch, num_videos: int) -> Thresholds:
@@ -54,7 +55,7 @@ def of_pairs(fine: FineStudent, apart: Int[np.ndarray, "k 2"], alike: Int[np.nda
     scores, cells = _compared(fine, apart, fetch)
     match = calibrate(scores, num_videos)
     recall = float((_compared(fine, alike, fetch)[0] >= match).mean()) if len(alike) else None
-    return Thresholds(match, float(np.median(cells)), recall)
+    return Thresholds(match, float(np.median(cells)), recall, float((scores >= match).mean()))
 
 
 def _compared(fine: FineStudent, pairs: Int[np.ndarray, "k 2"], fetch: Fetch) -> tuple[Float[np.ndarray, " k"], list[float]]:
