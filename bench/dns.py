@@ -236,13 +236,14 @@ def overlap(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def recordings() -> dict[str, Any]:
-    """Ranks of the originals of four phone recordings of a screen, in the job's index: an anecdote, no measurement."""
-    index, ranks = Index.open(str((RUNS / "index").absolute())), {}
+    """Ranks of the originals of four phone recordings of a screen, and of the first copy of each: an anecdote, no measurement."""
+    index, ranks, of_copies = Index.open(str((RUNS / "index").absolute())), {}, {}
     for name, original in RECORDINGS.items():
         regions = videos.regions_of(str(corpus() / "neardup" / "query" / f"{name}.mp4"), index.features, Access())
         hits = search(index, regions, 0.3, top=len(index))
         ranks[name] = 1 + min(i for i, hit in enumerate(hits) if hit.uri.endswith(f"neardup/db/{original}.mp4"))
-    return {"recordings_rank": ranks, "recordings_first": sum(rank == 1 for rank in ranks.values())}
+        of_copies[name] = 1 + min(i for i, hit in enumerate(hits) if f"/{original}-" in hit.uri)
+    return {"recordings_rank": ranks, "recordings_rank_of_copies": of_copies, "recordings_first": sum(rank == 1 for rank in ranks.values())}
 
 
 if __name__ == "__main__":

@@ -197,7 +197,11 @@ class Comparator(nn.Module):
 
 
 class NetVLAD(nn.Module):
-    """Residuals of frames to cluster centres, summed by soft assignment, normalised and projected (Arandjelovic et al. 2016)."""
+    """Residuals of frames to cluster centres, summed by soft assignment, normalised and projected (Arandjelovic et al. 2016).
+
+    The first of the outputs start as the clusters' mean, turned, and all with a bias of 1: two videos' similarity starts near the cosine
+    of their mean features, mapped from [-1, 1] to [0, 1].
+    """
 
     def __init__(self, num_dims: int, num_clusters: int, num_outputs: int) -> None:
         super().__init__()
@@ -208,6 +212,10 @@ class NetVLAD(nn.Module):
         with torch.no_grad():
             self.assign.weight.copy_(self.centroids)
         nn.init.normal_(self.reduce.weight, std=1 / math.sqrt(num_clusters * num_dims))
+        with torch.no_grad():
+            turned = nn.init.orthogonal_(torch.empty(min(num_dims, num_outputs), num_dims))
+            self.reduce.weight[: len(turned)] = turned.repeat(1, num_clusters) / math.sqrt(num_clusters)
+        nn.init.ones_(self.norm.bias)
 
     def forward(self, x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None = None) -> Float[Tensor, "b o"]:
         share = self.assign(x).softmax(dim=2)  # [b, t, k]

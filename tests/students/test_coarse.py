@@ -37,8 +37,13 @@ SHAPES = hashed.ATTENTION | {
 
 
 def small() -> CoarseStudent:
+    """With drawn weights where it starts with none."""
     torch.manual_seed(0)
-    return CoarseStudent(num_dims=16, size="small").eval()
+    student = CoarseStudent(num_dims=16, size="small").eval()
+    for parameter in student.transformer.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return student
 
 
 def videos(*lengths: int) -> list[Tensor]:
@@ -67,6 +72,17 @@ def test_padding_does_not_matter(grad: bool) -> None:
         for clip, row in zip(clips, together, strict=True):
             torch.testing.assert_close(student.index(clip[None])[0], row, rtol=0, atol=1e-6)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
+
+
+@torch.no_grad()
+def test_it_starts_near_the_cosine_of_mean_features() -> None:
+    torch.manual_seed(0)
+    student = CoarseStudent(num_dims=16, size="small").eval()
+    clips = torch.randn(40, 1, 1, 16) + 0.3 * torch.randn(40, 6, 9, 16)
+    vectors, means = student.index(clips), F.normalize(F.normalize(clips.sum(2), dim=2).mean(1), dim=1)
+    rows, columns = torch.triu_indices(40, 40, 1)
+    found, expected = (vectors @ vectors.T)[rows, columns], (means @ means.T)[rows, columns] / 2 + 0.5
+    assert (found - expected).abs().mean() < 0.05
 
 
 def test_the_order_of_frames_does_not_matter() -> None:

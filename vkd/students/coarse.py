@@ -40,8 +40,8 @@ class CoarseStudent(SimilarityStudent):
         num_heads, num_hidden, num_clusters, num_outputs = SIZES[size]
         self.attention = Attention(num_dims)
         layer = nn.TransformerEncoderLayer(num_dims, num_heads, num_hidden, batch_first=True)
-        for linear in (layer.linear1, layer.linear2):
-            nn.init.zeros_(linear.bias)
+        for start_at_0 in (layer.linear1.bias, layer.linear2.bias, layer.linear2.weight, layer.self_attn.out_proj.weight):
+            nn.init.zeros_(start_at_0)  # both branches, as their biases are: what is added to a frame is learned
         self.transformer = nn.TransformerEncoder(layer, 1, nn.LayerNorm(num_dims), enable_nested_tensor=False)
         self.netvlad = NetVLAD(num_dims, num_clusters, num_outputs)
 
