@@ -242,7 +242,7 @@ def recordings() -> dict[str, Any]:
         regions = videos.regions_of(str(corpus() / "neardup" / "query" / f"{name}.mp4"), index.features, Access())
         hits = search(index, regions, 0.3, top=len(index))
         ranks[name] = 1 + min(i for i, hit in enumerate(hits) if hit.uri.endswith(f"neardup/db/{original}.mp4"))
-        of_copies[name] = 1 + min(i for i, hit in enumerate(hits) if f"/{original}-" in hit.uri)
+        of_copies[name] = 1 + min(i for i, hit in enumerate(hits) if f"/{original.replace('-', '_')}-" in hit.uri)
     return {"recordings_rank": ranks, "recordings_rank_of_copies": of_copies, "recordings_first": sum(rank == 1 for rank in ranks.values())}
 
 

@@ -18,6 +18,7 @@ from vkd.models import ModelSpec
 from vkd.planning import Plan
 from vkd.run import Run, parse
 from vkd.schema import Columns, TensorType
+from vkd.similarity_layers import NetVLAD
 from vkd.store.labelset import ChunkRows, LabelSet, Reject
 from vkd.students import STUDENTS
 from vkd.teachers.base import Teacher
@@ -90,9 +91,13 @@ def store(run: Run, videos: Videos) -> LabelSet:
 
 
 def with_drawn_weights(network: nn.Module) -> Any:
-    """The network, its comparator's weights drawn as if it were trained: as it starts, any two give nearly the same, and many pairs tie."""
-    for conv in (module for module in network.modules() if isinstance(module, nn.Conv2d)):
-        nn.init.xavier_uniform_(conv.weight)
+    """The network, weights drawn as if it were trained: as networks start, any two give nearly the same, and many pairs tie."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight)
+        elif isinstance(module, NetVLAD):
+            nn.init.normal_(module.reduce.weight)
+            nn.init.zeros_(module.norm.bias)
     return network
 
 

@@ -39,6 +39,7 @@ ONLY_IN = {  # a library, and the modules or packages that may import it
         "vkd.trial",
         "vkd.submit",
         "vkd.spot_notice",
+        "vkd.search.sharded",
     ),
     "decord": ("vkd.video.decode",),
     "av": ("vkd.video.decode", "vkd.video.render"),
