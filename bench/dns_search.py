@@ -107,6 +107,9 @@ def drawn_networks(num_dims: int, features: str) -> Networks:
     comparator = networks[1].comparator
     for conv in (comparator.conv1, comparator.conv2, comparator.conv3, comparator.fconv):
         torch.nn.init.xavier_uniform_(conv.weight)  # as it starts, videos that have nothing in common would be tied
+    netvlad = networks[0].netvlad
+    torch.nn.init.xavier_normal_(netvlad.reduce.weight)  # it too starts so that all are alike
+    torch.nn.init.zeros_(netvlad.norm.bias)
     return Networks(*networks, Path(features).name or "drawn", {"coarse/drawn": f"seed 0, {num_dims}".encode()})
 
 

@@ -57,4 +57,4 @@ def test_a_damaged_shard_is_told_by_its_name(folder: str) -> None:
     shard = sorted(path for path in Path(folder, "shards").iterdir() if ".fine." not in path.name)[0]
     shard.write_bytes(b"damaged")
     with pytest.raises(StorageError, match=f"{shard.name}: gone or damaged"), cluster.worker_errors():
-        ShardedIndex(folder, 2)
+        len(ShardedIndex(folder, 2))
