@@ -155,7 +155,7 @@ def test_columns_that_are_not_there_are_not_needed(tmp_path: Path) -> None:
     paired.store(run, paired.random_videos(4))
     report, found = mined(run, Pairs(out=f"{tmp_path}/pairs", num_neighbours=2))
     assert (report.videos, report.left_out, report.candidates) == (4, 4, {"same": 0, "near": 8, "random": 4})
-    assert set(found[0]) == {"video_id", "duration_s", "anchor", "others", "pools", "features"}
+    assert set(found[0]) == {"video_id", "duration_s", "anchor", "others", "pools", "features", "num_frames"}
     names = names_of(run)
     assert all(len({names[name] for name in (row["anchor"], *row["others"].split())}) == 4 for row in found)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vkd.regions import augmented_frames, collate, length_batches, tiled
+from vkd.regions import augmented_frames, collate, tiled
 
 
 class Drawn(np.random.Generator):
@@ -93,24 +93,3 @@ def test_collate() -> None:
     assert regions.shape == (3, 4, 2, 3)
     assert mask.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
     assert regions[:, :, 1, 2].tolist() == [[2, 2, 0, 0], [4, 4, 4, 4], [1, 0, 0, 0]]
-
-
-@given(st.lists(st.integers(1, 300), max_size=70), st.integers(1, 8), st.integers(1, 5), st.integers(0, 99))
-@settings(deadline=None, max_examples=40)
-def test_every_example_is_in_one_batch(lengths: list[int], batch_size: int, pool_batches: int, seed: int) -> None:
-    batches = length_batches(lengths, batch_size, pool_batches, np.random.default_rng(seed))
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    assert sum(len(batch) < batch_size for batch in batches) <= 1
-    assert all(batches)
-    assert batches == length_batches(lengths, batch_size, pool_batches, np.random.default_rng(seed))
-
-
-def test_larger_pools_pad_less() -> None:
-    lengths = np.random.default_rng(0).integers(4, 300, 512).tolist()
-
-    def padded(pool_batches: int) -> int:
-        batches = length_batches(lengths, 16, pool_batches, np.random.default_rng(1))
-        return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-
-    assert sum(lengths) < padded(32) < padded(4) < padded(1)
-    assert padded(32) < 1.05 * sum(lengths)

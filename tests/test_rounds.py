@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vkd.rounds import Chunk, Round, Row, batches_of_round, chunks_of, num_steps, rank_slice, rounds_from, rounds_of_epoch
+from vkd.rounds import Chunk, Round, Row, batches_of_round, chunks_of, length_batches, num_steps, rank_slice, rounds_from, rounds_of_epoch
 
 chunk_rows = st.lists(st.lists(st.integers(0, 63), max_size=9, unique=True).map(sorted), max_size=12)
 every = st.integers(1, 40)
@@ -104,6 +105,36 @@ def test_epochs_rounds_and_seeds_differ() -> None:
         batches_of_round(rows, Round(epoch, index, (0, 1, 2)), 24, seed)[0] for epoch in (0, 1) for index in (0, 1) for seed in (0, 1)
     ]
     assert len({tuple(batch) for batch in shuffles}) == 8
+
+
+@given(st.lists(st.integers(1, 300), max_size=70), st.integers(1, 8), st.integers(1, 5), st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_every_example_is_in_one_batch(lengths: list[int], batch_size: int, pool_batches: int, seed: int) -> None:
+    batches = length_batches(lengths, batch_size, np.random.default_rng(seed), pool_batches)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert sum(len(batch) < batch_size for batch in batches) <= 1
+    assert all(batches)
+    assert batches == length_batches(lengths, batch_size, np.random.default_rng(seed), pool_batches)
+
+
+def test_larger_pools_pad_less() -> None:
+    lengths = np.random.default_rng(0).integers(4, 300, 512).tolist()
+
+    def padded(pool_batches: int) -> int:
+        batches = length_batches(lengths, 16, np.random.default_rng(1), pool_batches)
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+    assert sum(lengths) < padded(32) < padded(4) < padded(1)
+    assert padded(32) < 1.05 * sum(lengths)
+
+
+@given(chunk_rows, batch_sizes, seeds)
+def test_batches_of_similar_lengths_have_every_row_once(rows: list[list[int]], batch_size: int, seed: int) -> None:
+    round_, lengths = Round(0, 0, tuple(range(len(rows)))), [[row % 7 for row in mine] for mine in rows]
+    batches = batches_of_round(rows, round_, batch_size, seed, lengths)
+    assert sorted(row for batch in batches for row in batch) == [Row(chunk, row) for chunk, mine in enumerate(rows) for row in mine]
+    assert len(batches) == num_steps([len(mine) for mine in rows], [0], 10**9, batch_size, seed)
+    assert batches == batches_of_round(rows, round_, batch_size, seed, lengths)
 
 
 def test_golden_order() -> None:

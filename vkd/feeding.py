@@ -76,9 +76,11 @@ class Feeder:
     beat: Callable[[], None] = lambda: None
     store: str | None = None
     rows: list[list[int]] = field(init=False)
+    lengths: list[list[int]] | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = self.plan.rows(self.split)
+        self.rows, length = self.plan.rows(self.split), self.run.recipe.length
+        self.lengths = None if length is None else self.plan.values(length, self.rows)
         self.classes = self.plan.classes()
         self.batches = self._new_batches()
 
@@ -110,7 +112,7 @@ class Feeder:
         with ThreadPoolExecutor(NUM_THREADS) as readers, ThreadPoolExecutor(NUM_THREADS) as makers, self._stopped_after():
             ahead = self._read_ahead(rounds, readers)
             for round_, chunks in ahead:
-                batches = batches_of_round(self.rows, round_, batch_size, seed)
+                batches = batches_of_round(self.rows, round_, batch_size, seed, self.lengths)
                 first = skip if round_ is rounds[0] else 0
                 for number, batch in enumerate(batches[first:], first):
                     mine = rank_slice(batch, self.rank, self.world_size)

@@ -28,7 +28,7 @@ from vkd.store.labelset import LabelSet
 from vkd.triplets import NEAR, SAME
 
 REGIONS = "regions"
-ANCHOR, OTHERS, POOLS, FEATURES = "anchor", "others", "pools", "features"
+ANCHOR, OTHERS, POOLS, FEATURES, LENGTH = "anchor", "others", "pools", "features", "num_frames"
 RANDOM = "random"
 ABOUT = SOURCE, FAMILY, HOST
 BLOCK_BYTES = 1 << 28  # of cosines at once
@@ -57,6 +57,7 @@ class Video(NamedTuple):
     source: str
     family: str
     host: str = ""
+    num_frames: int = 0
 
 
 class Candidates(NamedTuple):
@@ -116,7 +117,7 @@ def read(plan: Plan, label_set: LabelSet, split: SplitPlan, chosen: Sequence[str
             (regions,) = decode(table, REGIONS, np.array([row]))  # one by one: a chunk of long videos is large
             about = [str(texts[name][row]) if name in texts else "" for name in ABOUT]
             name = f"{chunk.shard}/{chunk.index * plan.chunk_size + row}"
-            video = Video(splits[row], example[schema.EXAMPLE_ID], name, example[schema.VIDEO_ID], *about)
+            video = Video(splits[row], example[schema.EXAMPLE_ID], name, example[schema.VIDEO_ID], *about, num_frames=len(regions))
             if len(regions) and (video.id not in found or name < found[video.id][0].name):  # a video may have two rows
                 found[video.id] = video, descriptor(regions)
     order = sorted(found.values(), key=lambda pair: pair[0])
@@ -183,6 +184,7 @@ def _rows(
                     OTHERS: others,
                     POOLS: " ".join(pools),
                     FEATURES: features,
+                    LENGTH: anchor.num_frames,
                     schema.SPLIT: anchor.split,
                     SOURCE: anchor.source or None,
                 }
@@ -190,7 +192,7 @@ def _rows(
 
 def _tables(rows: Iterator[dict[str, object]], passed_on: Sequence[str]) -> Iterator[pa.Table]:
     texts = [schema.VIDEO_ID, ANCHOR, OTHERS, POOLS, FEATURES, *passed_on]
-    kinds = dict.fromkeys(texts, pa.string()) | {schema.DURATION_S: pa.float64()}
+    kinds = dict.fromkeys(texts, pa.string()) | {schema.DURATION_S: pa.float64(), LENGTH: pa.int64()}
     while part := list(islice(rows, SHARD_ROWS)):
         yield pa.Table.from_pylist(part, schema=pa.schema(kinds))
 

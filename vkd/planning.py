@@ -54,6 +54,12 @@ class Plan:
         """For each chunk of the plan, the row numbers that belong to `train` or `val`."""
         return [[i for i, name in enumerate(assign_splits(self.examples(chunk), self.split)) if name == split] for chunk in self.chunks]
 
+    def values(self, column: str, rows: Sequence[Sequence[int]]) -> list[list[Any]]:
+        """For each chunk of the plan, what a column of the manifest has in these rows. Raises ConfigError when there is none."""
+        require_columns(self, (column,), "data.manifest")
+        columns = (self.examples(chunk)[column].to_pylist() for chunk in self.chunks)
+        return [[values[row] for row in mine] for values, mine in zip(columns, rows, strict=True)]
+
     def without(self, chunks: Collection[Chunk]) -> Plan:
         """The same plan less some chunks."""
         other = copy.copy(self)

@@ -56,14 +56,3 @@ def collate(videos: Sequence[Float[Tensor, "_ r d"]]) -> tuple[Float[Tensor, "b 
     regions = torch.nn.utils.rnn.pad_sequence(list(videos), batch_first=True)
     lengths = torch.tensor([len(video) for video in videos])
     return regions, torch.arange(regions.shape[1]) < lengths[:, None]
-
-
-def length_batches(lengths: Sequence[int], batch_size: int, pool_batches: int, rng: np.random.Generator) -> list[list[int]]:
-    """Every example once, in batches of similar length; only one batch may be short.
-
-    Examples are shuffled, then sorted by length within pools of `pool_batches` batches: the fewer, the more random and the more padded.
-    """
-    order, pool = rng.permutation(len(lengths)), batch_size * pool_batches
-    pools = [sorted(order[start : start + pool].tolist(), key=lambda i: lengths[i]) for start in range(0, len(order), pool)]
-    batches = [pool[start : start + batch_size] for pool in pools for start in range(0, len(pool), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches)).tolist()]

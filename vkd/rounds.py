@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+POOL_BATCHES = 8  # batches of similar lengths are cut from so many at once
+
 
 @dataclass(frozen=True, order=True)
 class Chunk:
@@ -65,15 +67,31 @@ def rounds_of_epoch(sizes: Sequence[int], epoch: int, every_examples: int, seed:
     return rounds
 
 
-def batches_of_round(rows: Sequence[Sequence[int]], round_: Round, batch_size: int, seed: int) -> list[list[Row]]:
-    """Global batches of a round: its rows shuffled, cut every `batch_size`; only the last may be short.
+def batches_of_round(
+    rows: Sequence[Sequence[int]], round_: Round, batch_size: int, seed: int, lengths: Sequence[Sequence[int]] | None = None
+) -> list[list[Row]]:
+    """Global batches of a round: its rows shuffled, cut every `batch_size`; only one may be short.
 
-    `rows[i]` are the row numbers of chunk i that train.
+    `rows[i]` are the row numbers of chunk i that train, `lengths[i]` how long each of them is: then batches are of similar ones.
     """
     flat = [Row(chunk, row) for chunk in round_.chunks for row in rows[chunk]]
-    order = np.random.default_rng([seed, round_.epoch, round_.index, 1]).permutation(len(flat))
-    shuffled = [flat[i] for i in order.tolist()]
+    rng = np.random.default_rng([seed, round_.epoch, round_.index, 1])
+    if lengths is not None:
+        found = length_batches([length for chunk in round_.chunks for length in lengths[chunk]], batch_size, rng)
+        return [[flat[i] for i in batch] for batch in found]
+    shuffled = [flat[i] for i in rng.permutation(len(flat)).tolist()]
     return [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
+
+
+def length_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator, pool_batches: int = POOL_BATCHES) -> list[list[int]]:
+    """Every example once, in batches of similar length; only one batch may be short.
+
+    Examples are shuffled, then sorted by length within pools of `pool_batches` batches: the fewer, the more random and the more padded.
+    """
+    order, pool = rng.permutation(len(lengths)), batch_size * pool_batches
+    pools = [sorted(order[start : start + pool].tolist(), key=lambda i: lengths[i]) for start in range(0, len(order), pool)]
+    batches = [pool[start : start + batch_size] for pool in pools for start in range(0, len(pool), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches)).tolist()]
 
 
 def rank_slice(batch: Sequence[Row], rank: int, world_size: int) -> list[Row]:

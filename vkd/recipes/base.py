@@ -93,6 +93,7 @@ class Recipe(BaseModel, ABC):
     name: str
     student: ModelSpec
     trains: ClassVar[bool] = True  # else labels are made, and that is all
+    length: ClassVar[str | None] = None  # a column that says how long an example is: batches are of similar ones
 
     @property
     def needs(self) -> tuple[str, ...]:

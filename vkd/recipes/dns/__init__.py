@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -19,7 +19,7 @@ from vkd.errors import ConfigError
 from vkd.models import ModelSpec
 from vkd.planning import Plan
 from vkd.recipes.base import Batch, Distiller, Emits, Recipe
-from vkd.recipes.dns.batches import ANCHOR, COARSE, FEATURES, OTHERS, POOLS, TEACHER, Draw, TripletBatches
+from vkd.recipes.dns.batches import ANCHOR, COARSE, FEATURES, LENGTH, OTHERS, POOLS, TEACHER, Draw, TripletBatches
 from vkd.recipes.dns.distiller import SelectorDistiller, SimilarityDistiller, TripletDistiller
 from vkd.region_store import RegionStore
 from vkd.store import files
@@ -55,6 +55,7 @@ class DnS(Recipe):
     over 64 pairs). A teacher's score of `min_positive` on, on [-1, 1], makes a candidate positive. `augment` is temporal.
     """
 
+    length: ClassVar[str | None] = LENGTH
     name: Literal["dns"]
     teacher: ModelSpec | None = None
     coarse: ModelSpec | None = None
@@ -131,6 +132,6 @@ class DnS(Recipe):
 
 def _features(plan: Plan) -> str:
     """The name of the label set that pairs are of. Raises ConfigError for a manifest that is not one of pairs."""
-    planning.require_columns(plan, (ANCHOR, OTHERS, POOLS, FEATURES), "data.manifest")
+    planning.require_columns(plan, (ANCHOR, OTHERS, POOLS, FEATURES, LENGTH), "data.manifest")
     name: str = plan.examples(plan.chunks[0])[FEATURES][0].as_py()
     return name

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vkd.recipes.dns import DnS
 
 TEACHER, COARSE, SCORES = "teacher", "coarse", "scores"
-ANCHOR, OTHERS, POOLS, FEATURES = "anchor", "others", "pools", "features"  # columns of a pair manifest
+ANCHOR, OTHERS, POOLS, FEATURES, LENGTH = "anchor", "others", "pools", "features", "num_frames"  # columns of a pair manifest
 REGIONS, MASK, PAIR_WEIGHT = "regions", "mask", "pair_weight"
 Draw = Literal["copies", "scores", "selection"]
 
