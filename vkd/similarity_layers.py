@@ -34,6 +34,11 @@ class Attention(nn.Module):
         nn.init.zeros_(self.transform.bias)
         nn.init.xavier_uniform_(self.context_vector.weight)
 
+    @torch.no_grad()
+    def start_even(self) -> None:
+        """Give every vector a weight near 1/2, within a few hundredths: which ones count more is learned, and not drawn."""
+        self.context_vector.weight.mul_(0.1)
+
     def weights(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b 1"]:
         weights: Tensor = self.context_vector(self.transform(x).tanh()).sigmoid()
         return weights

@@ -117,7 +117,9 @@ class FineStudent(Visil):
                 raise ValueError(f"num_bits is {num_bits}; codes are stored in bytes, so it must be a multiple of 8")
             super().__init__(Binarization(num_dims, num_bits), comparator, num_bits=num_bits)
         elif kind == "attention":
-            super().__init__(Attention(num_dims), comparator)
+            attention = Attention(num_dims)
+            attention.start_even()
+            super().__init__(attention, comparator)
         elif kind == "plain":
             super().__init__(nn.Identity(), comparator)
         else:
