@@ -135,7 +135,7 @@ def test_rates_of_the_phases(freeze: bool) -> None:
 SWITCHES = st.fixed_dictionaries(
     {
         "combos": st.fixed_dictionaries({name: st.booleans() for name in ("prefix", "pair", "fused")}),
-        "fd": st.sampled_from([{}, OFF, OFF | {"mmd": 1.0}]),
+        "fd": st.sampled_from([{}, OFF, OFF | {"mmd": 1.0}, {"teaches": False}]),
         "rel": st.sampled_from([{}, {"correspondence": "soft"}, {"sp": 0.0, "corr": 0.0, "pair": 0.0}]),
         "harmonise": st.sampled_from([{}, {"form": "uncertainty"}, {"form": "uniform"}]),
         "cascade": st.fixed_dictionaries({"freeze": st.booleans(), "assistant_beta": st.sampled_from([0.0, 0.3])}),
@@ -249,6 +249,21 @@ def test_each_substage_has_its_own_losses() -> None:
     assert len(set(found.values())) == len(found)
     assert set(distiller(JOINT, combos={"prefix": False})(staged.batch())) == {"resp/3", "fd/3", "rel/3"}
     assert set(distiller(2, fd=OFF)(staged.batch())) == {"resp/1", "resp/2", "rel/1", "rel/2"}
+
+
+def test_features_that_teach_nothing_only_weigh_the_substages() -> None:
+    """The student's gradients are those without them; their adapters learn, and the losses are the same."""
+    off, data = {"sp": 0.0, "corr": 0.0, "pair": 0.0}, staged.batch()
+    taught, watched, without = (distiller(JOINT, fd=fd, rel=off, harmonise={"form": "uniform"}) for fd in ({}, {"teaches": False}, OFF))
+    for module in (taught, watched, without):
+        gather.total_loss(module(data))[0].backward()  # type: ignore[no-untyped-call]
+    for mine, other in zip(watched.student.parameters(), without.student.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+    assert watched.knowledge is not None and taught.knowledge is not None
+    for mine, other in zip(watched.knowledge.parameters(), taught.knowledge.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+    assert means(watched, data) == pytest.approx(means(taught, data))
+    assert (watched.regularisers, taught.regularisers) == (("fd",), ())
 
 
 def test_earlier_substages_count_half_until_all_learn() -> None:
@@ -502,6 +517,7 @@ def test_descriptors_are_not_needed_when_nothing_is_learned_from_them() -> None:
         ({"harmonise": {"clip": (2, 1)}}, "clip is the lowest and the highest"),
         ({"harmonise": {"form": "gradnorm"}}, "'fd_ratio', 'uniform' or 'uncertainty'"),
         ({"fd": {"mean": 1}}, "Extra inputs"),
+        ({"fd": {"form": "full", "teaches": False}}, "set teaches to true"),
         ({"substages": []}, "at least 1 item"),
         ({"student": {"name": "test_teacher_use:Colours"}, "substages": None}, "names no substages of its own"),
     ],

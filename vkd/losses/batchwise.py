@@ -27,6 +27,8 @@ def own_rows(rows: Tensor) -> Tensor:
 
 def gathered(parts: Sequence[Float[Tensor, "b ..."]], weight: Float[Tensor, " b"], all_rows: AllRows) -> list[Float[Tensor, "n ..."]]:
     """The n rows of weight > 0 of all ranks, of each part, in float32 or better; one call of `all_rows` for all parts."""
+    if all_rows is own_rows and bool((weight > 0).all()):
+        return [precise(part) for part in parts]  # nothing to bring together or to leave out
     flat = [precise(kept(part, weight)).flatten(1) for part in parts]
     every = all_rows(torch.cat([*flat, (weight > 0)[:, None]], dim=1))
     *columns, is_present = every.tensor_split(list(accumulate(part.shape[1] for part in flat)), dim=1)
@@ -51,9 +53,9 @@ def whole_batch(value: Float[Tensor, ""], weight: Float[Tensor, " b"]) -> SumAnd
     return value * count, count
 
 
-def skipped(rows: Float[Tensor, "n ..."]) -> SumAndCount:
-    """A loss that this batch does not have: 0 with a gradient of 0, and a count of 0."""
-    return rows[:0].sum(), rows.new_zeros(())
+def skipped(*parts: Float[Tensor, "n ..."]) -> SumAndCount:
+    """A loss that this batch does not have: 0 with a gradient of 0 for all that it is of, and a count of 0."""
+    return torch.stack([rows[:0].sum() for rows in parts]).sum(), parts[0].new_zeros(())
 
 
 def over_batch(
@@ -65,4 +67,4 @@ def over_batch(
 ) -> SumAndCount:
     """This rank's share of value(*parts) on the rows of all ranks; skipped when they are fewer than `min_rows`."""
     rows = gathered(parts, weight, all_rows)
-    return whole_batch(value(*rows), weight) if len(rows[0]) >= min_rows else skipped(rows[0])
+    return whole_batch(value(*rows), weight) if len(rows[0]) >= min_rows else skipped(*rows)

@@ -51,7 +51,7 @@ def correlation(
     """
     rows = gathered([*students, *(teacher.detach() for teacher in teachers)], weight, all_rows)
     if len(rows[0]) < MIN_ROWS:
-        return [skipped(rows[0]) for _ in students]
+        return [skipped(*rows) for _ in students]
     s, t = rows[: len(students)], rows[len(students) :]
     difference = (_cka(s, s) - _cka(t, t)).square()
     return [whole_batch(difference[k, : k + 1].mean(), weight) for k in range(len(students))]

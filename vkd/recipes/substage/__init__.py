@@ -58,13 +58,21 @@ class FeatureDistribution(_Part):
     """Weights of the feature-distribution losses: moments, maximum mean discrepancy, temporal profile; all 0: off.
 
     `full`: of the maps of a live teacher instead of descriptors, all positions for the profile, and `channel`: where each lies.
+    Unless it `teaches`, only the adapters learn from it, and it says which substage lags, for `harmonise`.
     """
 
     form: Literal["descriptor", "full"] = "descriptor"
+    teaches: bool = True
     moments: float = Field(default=1.0, ge=0)
     mmd: float = Field(default=0.5, ge=0)
     temporal: float = Field(default=0.5, ge=0)
     channel: float = Field(default=0.5, ge=0)
+
+    @model_validator(mode="after")
+    def _of_descriptors(self) -> Self:
+        if self.full and not self.teaches:
+            raise ValueError("form full looks at maps to learn from them: set teaches to true, or form to descriptor")
+        return self
 
     @property
     def on(self) -> bool:

@@ -47,6 +47,7 @@ class SubstageDistiller(Distiller):
     def __init__(self, student: Student, recipe: Substage, stages: Sequence[TensorType]) -> None:
         super().__init__()
         self.student, self.recipe = student, recipe
+        self.regularisers = () if recipe.fd.teaches else ("fd",)
         self.names = recipe.substages or student.substages
         channels, last = student.stage_channels(self.names), len(self.names) - 1
         num_classes = cast(nn.Linear, student.heads[LOGITS]).out_features

@@ -39,7 +39,7 @@ class Knowledge(nn.Module):
 
     def __init__(self, recipe: Substage, channels: Sequence[int], stages: Sequence[TensorType]) -> None:
         super().__init__()
-        self.fd, self.rel = recipe.fd, recipe.rel
+        self.fd, self.rel, self.teaches = recipe.fd, recipe.rel, recipe.fd.teaches or recipe.rel.on
         self.pairs = recipe.combos.pair and self.rel.pair > 0
         sizes = [kind.row_shape[-1] for kind in stages]
         self.partner = partners(len(channels), len(sizes))
@@ -60,13 +60,14 @@ class Knowledge(nn.Module):
         It `follows` batches that are trained on with its running statistics: also while all of its adapters are frozen.
         """
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()), torch.autocast(maps[0].device.type, enabled=False):
-            own = [describe(x) for describe, x in zip(self.describe, maps, strict=False)]
+            own = [describe(x if self.teaches else x.detach()) for describe, x in zip(self.describe, maps, strict=False)]
             rows = gathered([*own, *taught], weight, gather.rows_over_ranks)
             students, teachers = rows[: len(own)], [x.detach() for x in rows[len(own) :]]
             if follows:
                 self._watch(students, teachers)
                 self._centre(students, teachers, again=not learns)
-            found = self._features(students, teachers, follows) if self.fd.on else {}
+            looked_at = students if self.fd.teaches else [x.detach() for x in students]
+            found = self._features(looked_at, teachers, follows) if self.fd.on else {}
             return found | (self._relations(students, teachers) if self.rel.on and learns else {})
 
     def _features(self, students: Sequence[Rows], teachers: Sequence[Rows], follows: bool) -> Found:
