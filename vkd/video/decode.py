@@ -183,7 +183,9 @@ def _pyav_frames(video: Video, times_s: Float[np.ndarray, " times"], view: View)
     shown: Any = None
     for frame in _pyav_keyframes(video, times_s) if view.decoding == "keyframe" else _pyav_exact(video, times_s):
         if frame is not shown or image is None:
-            shown, image = frame, np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+            # one thread: threads for each frame are made and waited for anew, which on a busy machine takes longer than decoding
+            rgb = frame.to_ndarray(format="rgb24", threads=1)
+            shown, image = frame, np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90))
         yield image
 
 

@@ -108,7 +108,8 @@ def encode(frames: Iterable[Frame], fps: float, crf: int) -> bytes:
         stream.width, stream.height, stream.pix_fmt = width_px, height_px, "yuv420p"
         stream.codec_context.thread_count = 1
         for number, frame in enumerate(chain([first], waiting)):
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height_px, :width_px]), format="rgb24")
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height_px, :width_px]), format="rgb24")
+            picture = rgb.reformat(format="yuv420p", threads=1)  # how many cores there are must change nothing
             picture.pts, picture.time_base = number, 1 / stream.codec_context.framerate
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
@@ -120,4 +121,4 @@ def read(uri: str) -> Frames:
     import av
 
     with av.open(io.BytesIO(files.read(uri))) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return np.stack([frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)])
