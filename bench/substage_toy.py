@@ -57,7 +57,7 @@ NUM_CLASSES = len(SHAPES) * len(DIRECTIONS)
 NUM_FRAMES, SIZE_PX = 8, 32
 SPLITS = {TRAIN: 1000, VAL: 200, GAP: 400}  # the gap is used by neither side: it is the test
 WRONG, MISSING = 0.4, 0.2
-TEACHER_CLIPS, TEACHER_EPOCHS, WEAK = 3000, 7, (0.70, 0.80)
+TEACHER_CLIPS, TEACHER_EPOCHS, WEAK = 3000, 8, (0.70, 0.80)
 CASCADE = {"warmup": 2, "per_stage": 4, "joint": 12, "lower_lr": 1.0}
 ALL = "all"  # the folder of what is of all seeds
 EPOCHS, BATCH_SIZE, RATE, CHUNK_SIZE = 30, 50, 0.014, 200  # small chunks make refining labels slow: files are opened and written
@@ -82,8 +82,9 @@ ADDED: dict[str, dict[str, Any]] = {  # features and relations as losses too
     "features": {"fd": {"moments": 0.02, "mmd": 0.01, "temporal": 0.01}},
     "relations": {"rel": {"sp": 0.02, "corr": 0.02, "pair": 0.002}},
 }
-STUDENT = {"name": "tiny_r3d", "widths": [4, 8, 16, 32], "size_px": SIZE_PX, "stem_px": 3, "stem_stride_time": 2}
-TEACHER = ModelSpec(name="tiny_r3d", options={"widths": [16, 32, 64, 128], "size_px": SIZE_PX, "stem_px": 3})
+NETWORK = {"size_px": SIZE_PX, "stem_px": 3, "stem_stride_time": 2}
+STUDENT = {"name": "tiny_r3d", "widths": [4, 8, 16, 32]} | NETWORK
+TEACHER = ModelSpec(name="tiny_r3d", options={"widths": [16, 32, 64, 128]} | NETWORK)
 
 
 def main() -> None:

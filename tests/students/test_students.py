@@ -181,6 +181,7 @@ def test_substages_are_the_ends_of_stages(name: str, size: str | None) -> None:
     [  # r3d_18 shrinks 16 frames of 112 px alike: torchvision
         ({}, 16, 112, [(10, 16, 56), (20, 8, 28), (40, 4, 14), (80, 2, 7)]),
         ({}, 8, 64, [(10, 8, 32), (20, 4, 16), (40, 2, 8), (80, 1, 4)]),
+        ({"stem_stride_time": 2}, 8, 32, [(10, 4, 16), (20, 2, 8), (40, 1, 4), (80, 1, 2)]),
         ({"stem_stride": 1}, 1, 32, [(10, 1, 32), (20, 1, 16), (40, 1, 8), (80, 1, 4)]),
     ],
 )
