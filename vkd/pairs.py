@@ -115,9 +115,9 @@ def read(plan: Plan, label_set: LabelSet, split: SplitPlan, chosen: Sequence[str
             if status[row] != schema.LABELLED or splits[row] == schema.GAP or (named and named[row] not in chosen):
                 continue
             (regions,) = decode(table, REGIONS, np.array([row]))  # one by one: a chunk of long videos is large
-            about = [str(texts[name][row]) if name in texts else "" for name in ABOUT]
+            source, family, host = (str(texts[name][row]) if name in texts else "" for name in ABOUT)
             name = f"{chunk.shard}/{chunk.index * plan.chunk_size + row}"
-            video = Video(splits[row], example[schema.EXAMPLE_ID], name, example[schema.VIDEO_ID], *about, num_frames=len(regions))
+            video = Video(splits[row], example[schema.EXAMPLE_ID], name, example[schema.VIDEO_ID], source, family, host, len(regions))
             if len(regions) and (video.id not in found or name < found[video.id][0].name):  # a video may have two rows
                 found[video.id] = video, descriptor(regions)
     order = sorted(found.values(), key=lambda pair: pair[0])
