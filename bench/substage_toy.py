@@ -82,7 +82,7 @@ ADDED: dict[str, dict[str, Any]] = {  # features and relations as losses too
     "features": {"fd": {"moments": 0.02, "mmd": 0.01, "temporal": 0.01}},
     "relations": {"rel": {"sp": 0.02, "corr": 0.02, "pair": 0.002}},
 }
-NETWORK = {"size_px": SIZE_PX, "stem_px": 3, "stem_stride_time": 2}
+NETWORK = {"size_px": SIZE_PX, "stem_px": 3, "stem_stride": [2, 2]}
 STUDENT = {"name": "tiny_r3d", "widths": [4, 8, 16, 32]} | NETWORK
 TEACHER = ModelSpec(name="tiny_r3d", options={"widths": [16, 32, 64, 128]} | NETWORK)
 

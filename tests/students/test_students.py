@@ -139,7 +139,12 @@ def test_unknown_sizes_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"widths": [4, 8, 16]}, "must be 4 numbers"), ({"widths": [0, 8, 16, 32]}, "at least 1"), ({"stem_stride": 3}, "stem_stride is 3")],
+    [
+        ({"widths": [4, 8, 16]}, "must be 4 numbers"),
+        ({"widths": [0, 8, 16, 32]}, "at least 1"),
+        ({"stem_stride": 3}, "stem_stride is 3"),
+        ({"stem_stride": [2]}, "or .1 or 2, 1 or 2"),
+    ],
 )
 def test_r3d_of_impossible_sizes_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -181,7 +186,7 @@ def test_substages_are_the_ends_of_stages(name: str, size: str | None) -> None:
     [  # r3d_18 shrinks 16 frames of 112 px alike: torchvision
         ({}, 16, 112, [(10, 16, 56), (20, 8, 28), (40, 4, 14), (80, 2, 7)]),
         ({}, 8, 64, [(10, 8, 32), (20, 4, 16), (40, 2, 8), (80, 1, 4)]),
-        ({"stem_stride_time": 2}, 8, 32, [(10, 4, 16), (20, 2, 8), (40, 1, 4), (80, 1, 2)]),
+        ({"stem_stride": [2, 2]}, 8, 32, [(10, 4, 16), (20, 2, 8), (40, 1, 4), (80, 1, 2)]),
         ({"stem_stride": 1}, 1, 32, [(10, 1, 32), (20, 1, 16), (40, 1, 8), (80, 1, 4)]),
     ],
 )

@@ -19,29 +19,28 @@ NUM_STAGES = 4
 class TinyR3D(Student):
     """R3D (Tran et al. 2018) with one basic block a stage and GroupNorm; features are the mean over time and space.
 
-    `widths` are the channels of the stages, of which all but the first halve time and space; stride and kernel of the stem are
-    those in space, in time it has a kernel of 3 and a stride of `stem_stride_time`. Parameters without the heads: 0.36 M (355,110;
-    80 features) of widths 10, 20, 40, 80, for clips of any length and size.
+    `widths` are the channels of the stages, of which all but the first halve time and space; `stem_px` is the stem's kernel in space,
+    `stem_stride` its stride there, or those in time and in space. Parameters without the heads: 0.36 M (355,110; 80 features) of widths
+    10, 20, 40, 80, for clips of any length and size.
     """
 
     def __init__(
         self,
         heads: Mapping[str, int],
         widths: Sequence[int] = (10, 20, 40, 80),
-        stem_stride: int = 2,
+        stem_stride: int | Sequence[int] = 2,
         stem_px: int = 7,
-        stem_stride_time: int = 1,
         num_frames: int = 8,
         size_px: int = 64,
     ) -> None:
         if len(widths) != NUM_STAGES or min(widths) < 1:
             raise ValueError(f"widths {list(widths)} must be {NUM_STAGES} numbers of at least 1")
-        if not {stem_stride, stem_stride_time} <= {1, 2} or stem_px not in (3, 5, 7):
-            strides = f"stem_stride is {stem_stride}, stem_stride_time {stem_stride_time}"
-            raise ValueError(f"{strides} and stem_px {stem_px}; they can be 1, 2 and 3, 5, 7")
+        strides = [1, stem_stride] if isinstance(stem_stride, int) else [*stem_stride]
+        if len(strides) != 2 or not {*strides} <= {1, 2} or stem_px not in (3, 5, 7):
+            raise ValueError(f"stem_stride is {stem_stride} and stem_px {stem_px}; they can be 1, 2 (or [1 or 2, 1 or 2]) and 3, 5, 7")
         super().__init__(Sampling(num_frames=num_frames, size_px=size_px), widths[-1], heads)
         first, second, third, fourth = widths
-        kernel, stride, padding = (3, stem_px, stem_px), (stem_stride_time, stem_stride, stem_stride), (1, stem_px // 2, stem_px // 2)
+        kernel, stride, padding = (3, stem_px, stem_px), (strides[0], strides[1], strides[1]), (1, stem_px // 2, stem_px // 2)
         self.stem = nn.Sequential(nn.Conv3d(3, first, kernel, stride, padding, bias=False), Norm(first), nn.ReLU())
         self.layer1, self.layer2 = BasicBlock(first, first), BasicBlock(first, second, stride=2)
         self.layer3, self.layer4 = BasicBlock(second, third, stride=2), BasicBlock(third, fourth, stride=2)
