@@ -123,4 +123,4 @@ class SimilarityStudent(nn.Module, ABC):
 
 def normalise(frames: UInt8[Tensor, "b t s s 3"]) -> Float[Tensor, "b t 3 s s"]:
     """uint8 frames to floats in [-2, 2], channels before space."""
-    return frames.permute(0, 1, 4, 2, 3).to(torch.float32).sub_(127.5).div_(63.75)
+    return (frames.permute(0, 1, 4, 2, 3).to(torch.float32) - 127.5).div_(63.75)

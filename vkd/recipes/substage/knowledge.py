@@ -39,7 +39,8 @@ class Knowledge(nn.Module):
 
     def __init__(self, recipe: Substage, channels: Sequence[int], stages: Sequence[TensorType]) -> None:
         super().__init__()
-        self.fd, self.rel, self.teaches = recipe.fd, recipe.rel, recipe.fd.teaches or recipe.rel.on
+        self.fd, self.rel = recipe.fd, recipe.rel
+        self.reaches_student = recipe.fd.teaches or recipe.rel.on
         self.pairs = recipe.combos.pair and self.rel.pair > 0
         sizes = [kind.row_shape[-1] for kind in stages]
         self.partner = partners(len(channels), len(sizes))
@@ -60,7 +61,7 @@ class Knowledge(nn.Module):
         It `follows` batches that are trained on with its running statistics: also while all of its adapters are frozen.
         """
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()), torch.autocast(maps[0].device.type, enabled=False):
-            own = [describe(x if self.teaches else x.detach()) for describe, x in zip(self.describe, maps, strict=False)]
+            own = [describe(x if self.reaches_student else x.detach()) for describe, x in zip(self.describe, maps, strict=False)]
             rows = gathered([*own, *taught], weight, gather.rows_over_ranks)
             students, teachers = rows[: len(own)], [x.detach() for x in rows[len(own) :]]
             if follows:
