@@ -90,8 +90,10 @@ def join(root: str, *parts: str) -> str:
 
 
 @patient
-def put(uri: str, data: bytes, *, new: bool = False) -> bool:
+def put(uri: str, data: bytes, *, new: bool = False, changed_s: int | None = None) -> bool:
     """Write a whole file so that readers see all of it or nothing; with `new`, only when there is none. Whether it was written.
+
+    `changed_s`: when a local file says that it was changed last, in seconds since 1970.
 
     Locally: a temporary name in the same folder, fsync, rename, or link when `new`. On object stores: one PUT, conditional when
     `new`; a server that knows no conditions overwrites.
@@ -110,6 +112,8 @@ def put(uri: str, data: bytes, *, new: bool = False) -> bool:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
+        if changed_s is not None:  # before it has its name: nobody sees it with another time
+            os.utime(temporary, (changed_s, changed_s))
         if new:
             return _link(temporary, path)
         os.replace(temporary, path)

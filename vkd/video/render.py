@@ -6,7 +6,6 @@ Small versions and copies are mp4 (h264), made in memory and put under their nam
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -79,9 +78,7 @@ def render(job: Rendering) -> None:
         frames = read(job.small[copy.source]) if frames is None else frames
         host = frames[:0] if copy.host is None else read(job.small[copy.host])
         crf = copy.look.crf if isinstance(copy.look, Recompression) else CRF
-        files.put(target, encode(_shown(copy, frames, host), job.fps, crf))
-        if "://" not in target:
-            os.utime(target, (MADE_S, MADE_S))
+        files.put(target, encode(_shown(copy, frames, host), job.fps, crf), changed_s=MADE_S)
 
 
 def _shown(copy: Copy, frames: Frames, host: Frames) -> Iterator[Frame]:
