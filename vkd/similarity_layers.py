@@ -177,17 +177,15 @@ class Comparator(nn.Module):
 
     @torch.no_grad()
     def start_by_runs(self, gain: float) -> None:
-        """Make it give `gain` times the clearest run of each 4x4 cells: the mean of three frames that follow each other in both videos,
-        one and a half times, less three quarters of what the nine cells around them are.
+        """Make it give `gain` times the best run of each 4x4 cells: the mean of three frames that follow each other in both videos.
 
-        Videos that look alike throughout are alike off the diagonal too; a copy is most alike along it. The first channel does so; the
-        others start as they are, and count once `fconv` has learned to. From random weights ranking begins far below that of the map
-        alone, and short training does not catch up.
+        Its first channel does so; the others start as they are, and count once `fconv` has learned to. From random weights ranking
+        begins far below that of the map alone, and short training does not catch up.
         """
         for conv in (self.conv1, self.conv2, self.conv3, self.fconv):
             conv.weight[0] = 0
             conv.weight[0, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = 1
-        self.conv1.weight[0, 0] = 1.5 * torch.eye(3) / 3 - 0.75 * torch.ones(3, 3) / 9
+        self.conv1.weight[0, 0] = torch.eye(3) / 3
         self.fconv.weight.zero_()[0, 0] = gain
 
     def forward(
