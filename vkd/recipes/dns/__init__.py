@@ -52,7 +52,8 @@ class DnS(Recipe):
     Without teachers a network learns that copies of a source are alike (a triplet loss with `margin`, for a teacher without outside
     weights). With a `teacher` the student learns its scores. With `coarse` too a selector learns for which pairs the two differ by
     more than `threshold` on [0, 1]. `excess` is the weight of cells outside [-1, 1], summed over a pair (the paper: 0.001 on the sum
-    over 64 pairs). A teacher's score of `min_positive` on, on [-1, 1], makes a candidate positive. `augment` is temporal.
+    over 64 pairs). A teacher's score of `min_positive` on, on [-1, 1], makes a candidate positive; an anchor whose candidates are all
+    on one side of it is left out. `augment` is temporal.
     """
 
     length: ClassVar[str | None] = LENGTH
