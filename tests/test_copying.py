@@ -109,17 +109,23 @@ def test_a_split_of_the_source_is_kept(videos: Path, tmp_path: Path) -> None:
     ]
 
 
-def started(data: Data, folder: Path) -> subprocess.Popen[bytes]:
-    """A process that makes the copies."""
-    program = f"from vkd import copying\nfrom vkd.run import Data\nd = Data.model_validate_json({data.model_dump_json()!r})\n"
-    (folder / "main.py").write_text(program + 'if __name__ == "__main__":\n    copying.make(d, d.copies)\n')
+def program(data: Data, folder: Path) -> Path:
+    """One that makes the copies."""
+    made_here = f"from vkd import copying\nfrom vkd.run import Data\nd = Data.model_validate_json({data.model_dump_json()!r})\n"
+    path = folder / "main.py"
+    path.write_text(made_here + 'if __name__ == "__main__":\n    copying.make(d, d.copies)\n')
+    return path
+
+
+def started(path: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen([sys.executable, str(folder / "main.py")], env=environment, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, str(path)], env=environment, stderr=subprocess.DEVNULL)
 
 
 def test_a_killed_rendering_leaves_whole_files_only_and_two_at_once_end_it(videos: Path, tmp_path: Path) -> None:
     data = data_of(videos, tmp_path, per_video=12)
-    process = started(data, tmp_path)
+    main = program(data, tmp_path)
+    process = started(main)
     try:
         while process.poll() is None and len(list((tmp_path / "copies").glob("videos/*.mp4"))) < 3:
             time.sleep(0.01)
@@ -128,7 +134,7 @@ def test_a_killed_rendering_leaves_whole_files_only_and_two_at_once_end_it(video
         process.wait()
     half = files_of(tmp_path / "copies")
     assert half
-    both = [started(data, tmp_path) for _ in range(2)]
+    both = [started(main) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     rows = rows_of(made(data))
     whole = files_of(tmp_path / "copies")
