@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -292,8 +292,9 @@ class CommitRuleOnObjects(CommitRule):
     remote = True
 
 
-FAST = settings(max_examples=12, stateful_step_count=15)
-LONG = settings(max_examples=200, stateful_step_count=50)
+# what fails is told as it is: making it smaller may take longer than the test is given
+FAST = settings(max_examples=12, stateful_step_count=15, phases=[Phase.generate], print_blob=True)
+LONG = settings(FAST, max_examples=200, stateful_step_count=50)
 
 
 def run(machine: type[CommitRule], profile: settings) -> None:
