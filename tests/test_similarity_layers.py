@@ -154,6 +154,17 @@ def test_attention() -> None:
     torch.testing.assert_close(cosine(unit), unit * cosine.weights(unit))
 
 
+@pytest.mark.parametrize("kind", [Attention, CosineAttention])
+def test_attention_can_start_even(kind: type[Attention | CosineAttention]) -> None:
+    torch.manual_seed(0)
+    attention, x = kind(128), F.normalize(torch.randn(500, 128), dim=-1)
+    assert (drawn := attention.weights(x).std()) > 0.02
+    attention.start_even()
+    even = attention.weights(x)
+    torch.testing.assert_close(even, torch.full_like(even, 0.5), atol=0.05, rtol=0)
+    assert even.std() < drawn / 5
+
+
 def test_binarization_expects_the_sign_under_noise() -> None:
     """In training a code is P(z + e > 0) - P(z + e < 0) for noise of deviation 0.001; its slope at 0 is sqrt(2 / pi) * 1000."""
     torch.manual_seed(0)

@@ -56,6 +56,11 @@ class CosineAttention(nn.Module):
         with torch.no_grad():
             self.context_vector.weight.copy_(F.normalize(torch.randn(1, num_dims), dim=1))
 
+    @torch.no_grad()
+    def start_even(self) -> None:
+        """Give every vector a weight near 1/2, as `Attention.start_even` does: what was drawn is no reason to count more."""
+        self.context_vector.weight.mul_(0.1)
+
     def weights(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b 1"]:
         weights: Tensor = self.context_vector(x) / 2 + 0.5
         return weights

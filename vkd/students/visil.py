@@ -135,7 +135,9 @@ class VisilHead(Visil):
     masked = False
 
     def __init__(self, num_dims: int = 3840, symmetric: bool = False, size: Size = "paper") -> None:
-        super().__init__(CosineAttention(num_dims), Comparator(_channels(size), "replicate"), symmetric=symmetric)
+        attention = CosineAttention(num_dims)
+        attention.start_even()
+        super().__init__(attention, Comparator(_channels(size), "replicate"), symmetric=symmetric)
         self.comparator.start_by_runs(HALVED_TWICE)
 
 
