@@ -22,6 +22,7 @@ ERF_VARIANCE = 1e-6  # of the noise whose expected sign a code is while training
 MIN_FRAMES = 4  # the comparator halves time twice
 ITQ_STEPS = 50
 BLOCK_FRAMES = 32  # of a query, compared at once when no gradient is needed
+Padding = Literal["zeros", "replicate"]  # of a map, before it is convolved
 
 
 class Attention(nn.Module):
@@ -171,7 +172,7 @@ class Comparator(nn.Module):
     when its length is no multiple of 4. Cells of the last map are not zeroed where the mask, which comes with it, is false.
     """
 
-    def __init__(self, channels: tuple[int, int, int] = (32, 64, 128), padding: Literal["zeros", "replicate"] = "zeros") -> None:
+    def __init__(self, channels: tuple[int, int, int] = (32, 64, 128), padding: Padding = "zeros") -> None:
         super().__init__()
         convs = [nn.Conv2d(i, o, 3, padding=1, padding_mode=padding) for i, o in zip((1, *channels), channels, strict=False)]
         self.conv1, self.conv2, self.conv3 = convs

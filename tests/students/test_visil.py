@@ -99,6 +99,14 @@ def test_number_of_parameters(network: object, count: int) -> None:
 
 
 @torch.no_grad()
+def test_a_teacher_that_pads_zeros_begins_as_its_student() -> None:
+    frames = torch.rand(1, 9, 13, generator=torch.Generator().manual_seed(3)) / 5
+    student, teacher, bordered = (n.compare(frames).similarity for n in (FineStudent(), VisilHead(padding="zeros"), VisilHead()))
+    torch.testing.assert_close(teacher, student)
+    assert not torch.allclose(bordered, student, rtol=0.01)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_query_major(kind: str) -> None:
     student, queries, targets = small(kind), videos(8, 12), videos(4, 8, 16)

@@ -20,6 +20,7 @@ from vkd.similarity_layers import (
     Binarization,
     Comparator,
     CosineAttention,
+    Padding,
     chamfer,
     check_regions,
     frame_similarity,
@@ -129,15 +130,16 @@ class FineStudent(Visil):
 class VisilHead(Visil):
     """The teacher: ViSiL_v with 3840 dimensions, or ViSiL_sym, which averages both directions, with 512. Scores `exact` only.
 
-    Parameters, size paper: 96,641 with 3840 dimensions, 93,313 with 512. The map is padded by its border, where the students pad zeros.
+    Parameters, size paper: 96,641 with 3840 dimensions, 93,313 with 512. The published ones pad the map by its border, where the
+    students pad zeros; one that is trained for them may pad zeros too, and then begins as alike as they do.
     """
 
     masked = False
 
-    def __init__(self, num_dims: int = 3840, symmetric: bool = False, size: Size = "paper") -> None:
+    def __init__(self, num_dims: int = 3840, symmetric: bool = False, size: Size = "paper", padding: Padding = "replicate") -> None:
         attention = CosineAttention(num_dims)
         attention.start_even()
-        super().__init__(attention, Comparator(_channels(size), "replicate"), symmetric=symmetric)
+        super().__init__(attention, Comparator(_channels(size), padding), symmetric=symmetric)
         self.comparator.start_by_runs(HALVED_TWICE)
 
 
