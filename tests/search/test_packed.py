@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vkd.search import packed
 from vkd.search.packed import frame_similarity, pack, unpack
 from vkd.students.visil import FineStudent
+
+
+@pytest.fixture(scope="module", autouse=True, params=[True, False], ids=["bytes", "floats"])
+def products(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to multiply, whatever the processor would choose."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "multiplies_bytes", lambda: request.param)
+        yield
 
 
 def codes(*shape: int, seed: int = 0) -> Tensor:
