@@ -230,7 +230,7 @@ def searched(corpus: Corpus, networks: Networks, num_queries: int, out: str) -> 
     found["file_bytes_per_video"] = sum(place.stat().st_size for place in places) / len(index)
     found["fine_bytes"], found["coarse_bytes"] = index.fetch(np.array([0]))[0].nbytes, index.coarse[0].nbytes
     times: dict[str, list[float]] = {f"{cache}_{name}": [] for cache in ("cold", "warm") for name in SHARES}
-    read_bytes, differences, started = list[int](), list[float](), time.monotonic()
+    read_bytes, differences, begun_s = list[int](), list[float](), time.monotonic()
     for number in range(num_queries):
         regions = corpus.query(number)
         for cache in ("cold", "warm"):
@@ -245,7 +245,7 @@ def searched(corpus: Corpus, networks: Networks, num_queries: int, out: str) -> 
                 read_bytes += [_of_process("io", "read_bytes") - before] if (cache, name) == ("cold", "all") else []
                 if cache == "warm" and name != "all":
                     differences += checked(index, regions, share, scores, every=10 if number else 1)
-        print(f"query {number + 1} of {num_queries}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        print(f"query {number + 1} of {num_queries}: {time.monotonic() - begun_s:.0f} s", file=sys.stderr, flush=True)
     found |= {f"{name}_ms": 1e3 * statistics.median(values) for name, values in times.items()}
     for cache, prefix in (("warm", ""), ("cold", "cold_")):
         for name in ("5", "30"):

@@ -131,7 +131,7 @@ class VisilHead(Visil):
     """The teacher: ViSiL_v with 3840 dimensions, or ViSiL_sym, which averages both directions, with 512. Scores `exact` only.
 
     Parameters, size paper: 96,641 with 3840 dimensions, 93,313 with 512. The published ones pad the map by its border, where the
-    students pad zeros; one that is trained for them may pad zeros too, and then begins as alike as they do.
+    students pad zeros; one that is trained for them may pad zeros too, and then begins with their comparator.
     """
 
     masked = False
