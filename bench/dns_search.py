@@ -284,7 +284,7 @@ def checked(index: Index, regions: np.ndarray, share: float, found: Any, every: 
     yield from (abs(float(similarity[i]) - float(found.scores[i])) for i in np.flatnonzero(~found.is_fine).tolist())
     chosen = chosen[::every]
     for i, codes in zip(chosen.tolist(), index.fetch(chosen), strict=True):
-        yield abs(float(networks.fine.exact(fine, packed.unpack(codes).float())) / 2 + 0.5 - float(found.scores[i]))
+        yield abs(float(networks.fine.exact(fine, packed.unpack(codes))) / 2 + 0.5 - float(found.scores[i]))
 
 
 def parts_ms(index: Index, regions: np.ndarray) -> dict[str, float]:

@@ -42,4 +42,4 @@ def frames(fine: FineStudent, query: Codes, target: Codes) -> Float[Tensor, "n m
 
 
 def _floats(codes: Codes) -> Float[Tensor, "t r k"]:
-    return (packed.unpack(codes) if codes.dtype == np.uint8 else torch.from_numpy(codes.astype(np.float32))).float()
+    return packed.unpack(codes) if codes.dtype == np.uint8 else torch.from_numpy(codes.astype(np.float32))
