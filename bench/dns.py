@@ -239,7 +239,7 @@ def recordings() -> dict[str, Any]:
     """Ranks of the originals of four phone recordings of a screen, and of the first copy of each: an anecdote, no measurement."""
     index, ranks, of_copies = Index.open(str((RUNS / "index").absolute())), {}, {}
     for name, original in RECORDINGS.items():
-        regions = videos.regions_of(str(corpus() / "neardup" / "query" / f"{name}.mp4"), index.features, Access())
+        regions = videos.query_of(str(corpus() / "neardup" / "query" / f"{name}.mp4"), index.features, Access()).regions
         hits = search(index, regions, 0.3, top=len(index))
         ranks[name] = 1 + min(i for i, hit in enumerate(hits) if hit.uri.endswith(f"neardup/db/{original}.mp4"))
         of_copies[name] = 1 + min(i for i, hit in enumerate(hits) if f"/{original.replace('-', '_')}-" in hit.uri)

@@ -178,6 +178,14 @@ def test_a_query_that_is_no_video_is_told(main: Main, indexed: Path, tmp_path: P
         assert code and err.startswith("vkd: ") and err.count("\n") == 1 and name in err
 
 
+def test_a_query_of_which_only_the_beginning_is_searched_for_is_told(main: Main, indexed: Path, tmp_path: Path) -> None:
+    assert main(*words(indexed, tmp_path / "index"))[0] == 0
+    make_clip(tmp_path / "long.mp4", [i / 5 for i in range(40)], size_px=(64, 64))  # 8 s, of which the teacher sees 4
+    code, out, _ = main("search", tmp_path / "index", tmp_path / "long.mp4", "--budget", "0%")
+    assert code == 0 and "the query goes on: only its first 4.0 s were searched for" in out
+    assert f"{NUM_VIDEOS} videos, 0 compared finely" in out
+
+
 def test_a_budget_that_is_no_share_is_told(main: Main, tmp_path: Path) -> None:
     code, _, err = main("search", tmp_path, "q.mp4", "--budget", "200%")
     assert code == 2 and "--budget '200%' is no share" in err

@@ -62,13 +62,13 @@ def store_of(text: str) -> str:
     return absolute(text)
 
 
-def fraction(option: str, text: str) -> float:
-    """A share such as 1% or 0.01. Raises ConfigError that names the option."""
+def fraction(option: str, text: str, zero: bool = False) -> float:
+    """A share such as 1% or 0.01, of nothing only with `zero`. Raises ConfigError that names the option."""
     try:
         found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         found = -1.0
-    if not 0 < found <= 1:
+    if not 0 <= found <= 1 or (found == 0 and not zero):
         raise ConfigError(f"{option} {text!r} is no share", action="write 1% or 0.01")
     return found
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.markup import escape
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from vkd.search.query import Hit
     from vkd.steps import Index
 
+T = TypeVar("T")
 app = typer.Typer()
 Folder = Annotated[str, typer.Option(metavar="DIR", help="The student/ folder of the run that trained it.")]
 
@@ -50,7 +54,7 @@ def built(run: Run, asked: Index, screen: Screen) -> dict[str, Any]:
     screen.stage("index")
     networks = Networks.load({"coarse": asked.coarse, "fine": asked.fine, "selector": asked.selector})
     listed, label_set, features = videos.of_run(run)
-    made = indexing.build(listed, RegionStore(label_set.uri).read, networks, features, asked.out)
+    made = indexing.build(listed, RegionStore(label_set.uri).read, networks, features, asked.out, partial(_spread, run))
     screen.close()
     screen.line(f"{asked.out}: {len(made)} videos in {len(made.shards)} shards; {_match(made.thresholds)}")
     if cut_short := made.cut_short:
@@ -64,6 +68,14 @@ def built(run: Run, asked: Index, screen: Screen) -> dict[str, Any]:
         "cut_short": cut_short,
         "thresholds": vars(made.thresholds),
     }
+
+
+def _spread(run: Run, function: Callable[[T], None], parts: Sequence[T]) -> list[None]:
+    """Few parts are made here, many by the run's Ray cluster."""
+    from vkd import cluster
+
+    with cluster.session(run.compute) if len(parts) >= cluster.MANY_CHUNKS else nullcontext(), cluster.worker_errors():
+        return cluster.map_chunks(function, parts)
 
 
 @app.command()
@@ -81,19 +93,26 @@ def search(
     with cli_parts.screen(as_json) as screen:
         screen.stage("search")
         uri = cli_parts.absolute(query)
-        num_videos, hits = _found(cli_parts.absolute(index), uri, cli_parts.fraction("--budget", budget), top, actors, match_from)
+        share = cli_parts.fraction("--budget", budget, zero=True)
+        num_videos, only_first_s, hits = _found(cli_parts.absolute(index), uri, share, top, actors, match_from)
         screen.close()
-        screen.table(f"{num_videos} videos, {budget} compared finely", ("", "score", "", "query", "found", "video"), _rows(hits))
+        title = f"{num_videos} videos, {int(share * num_videos)} compared finely to rank them"
+        screen.table(title, ("", "score", "", "query", "found", "video"), _rows(hits))
+        if only_first_s is not None:
+            screen.line(f"the query goes on: only its first {only_first_s:.1f} s were searched for, as the index sees no more of a video")
         if not any(hit.matches for hit in hits):
             screen.line("no match: these are only the most similar videos")
         if page is not None:
             _write(page, uri, hits)
             screen.line(f"page: {escape(page)}")
-        cli_parts.finish(as_json, {"videos": num_videos, "hits": [_told(hit) for hit in hits], "page": page})
+        told = {"videos": num_videos, "only_first_s": only_first_s, "hits": [_told(hit) for hit in hits], "page": page}
+        cli_parts.finish(as_json, told)
 
 
-def _found(index: str, query: str, budget: float, top: int, num_actors: int, match_from: float | None) -> tuple[int, list[Hit]]:
-    """How many videos were searched, and the best of them."""
+def _found(
+    index: str, query: str, budget: float, top: int, num_actors: int, match_from: float | None
+) -> tuple[int, float | None, list[Hit]]:
+    """How many videos were searched, for how much of a query that goes on, and the best of them."""
     from vkd.search import query as searching
     from vkd.search import videos
     from vkd.search.index import Index
@@ -101,18 +120,22 @@ def _found(index: str, query: str, budget: float, top: int, num_actors: int, mat
 
     if not num_actors:
         opened = Index.open(index, match_from=match_from)
-        return len(opened), searching.search(opened, videos.regions_of(query, opened.features, Access()), budget, top)
+        seen = videos.query_of(query, opened.features, Access())
+        return len(opened), seen.only_first_s(opened.features.fps), searching.search(opened, seen.regions, budget, top)
     from vkd import cluster
     from vkd.compute import Compute
     from vkd.search.sharded import ShardedIndex
 
     with cluster.session(Compute()), cluster.worker_errors():
         spread = ShardedIndex(index, num_actors, match_from)
-        hits = spread.search(videos.regions_of(query, spread.features, Access()), budget, top)
-        return len(spread), hits
+        seen = videos.query_of(query, spread.features, Access())
+        hits = spread.search(seen.regions, budget, top)
+        return len(spread), seen.only_first_s(spread.features.fps), hits
 
 
 def _match(found: Thresholds) -> str:
+    if found.match is None:
+        return "nothing matches: too few of its videos are known to differ, or their fine scores are all one (vkd search --match-from)"
     shares = [
         f"{share:.1%} of {which}"
         for share, which in ((found.recall, "the pairs known to show the same"), (found.by_chance, "other pairs drawn at random"))

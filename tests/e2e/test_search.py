@@ -35,6 +35,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path / "index")
 
 
+def test_a_cluster_makes_the_shards_that_one_process_makes(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "MANY_CHUNKS", 2)
+    videos = [Video(name, name, f"{name}.mp4", float(len(regions))) for name, regions in VIDEOS.items()]
+    networks, other = Networks.beside(folder), tmp_path / "other"
+    made = indexing.build(videos, VIDEOS.__getitem__, networks, FEATURES, str(other), cluster.map_chunks)
+    assert made.shards == indexing.Index.open(folder).shards
+    for path in (other / "shards").iterdir():
+        assert path.read_bytes() == Path(folder, "shards", path.name).read_bytes()
+
+
 def test_actors_find_what_one_process_finds_also_after_one_died(folder: str) -> None:
     query = VIDEOS["v002"]
     expected = search(indexing.Index.open(folder), query, 0.3, 6)

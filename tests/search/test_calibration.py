@@ -20,6 +20,11 @@ def test_many_allowed_matches_are_a_quantile_and_nothing_exceeds_one() -> None:
     assert calibrate(scores, 10_000) == 1.0
 
 
+def test_scores_that_are_all_one_tell_nothing() -> None:
+    assert calibrate(np.full(1000, 0.5, np.float32), 10_000) is None
+    assert calibrate(np.full(1000, 1.0, np.float32), 10_000) is None
+
+
 def test_a_few_copies_among_the_pairs_move_it_little() -> None:
     scores = np.random.default_rng(0).normal(0.45, 0.02, 1000).astype(np.float32)
     mixed = np.concatenate([scores, np.full(20, 0.95, np.float32)])

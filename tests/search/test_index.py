@@ -91,6 +91,22 @@ def test_more_videos_keep_full_shards_and_drop_the_old_last_one(tmp_path: Path) 
     assert np.array_equal(anew.coarse, grown.coarse) and anew.thresholds == grown.thresholds
 
 
+def test_shards_of_long_videos_have_fewer_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexing, "SHARD_FRAMES", 20)
+    (videos, read), nets = corpus(6), networks()  # of 5, 12, 30, 3, 5 and 12 frames
+    listed = [video._replace(num_frames=len(read[video.name])) for video in videos]
+    index = build(listed, read.__getitem__, nets, FEATURES, str(tmp_path))
+    assert np.bincount(index.shard_of).tolist() == [2, 1, 3]
+    assert np.array_equal(index.coarse, build(videos, read.__getitem__, nets, FEATURES, str(tmp_path / "one")).coarse)
+
+
+def test_a_video_without_frames_is_told_and_what_is_done_stays(tmp_path: Path) -> None:
+    (videos, read), nets = corpus(3), networks()
+    empty = read | {videos[1].name: read[videos[1].name][:0]}
+    with pytest.raises(ConfigError, match=rf"{videos[1].uri}: it has features of no frame -> vkd labels forget RUN id0002"):
+        build(videos, empty.__getitem__, nets, FEATURES, str(tmp_path))
+
+
 def test_an_interrupted_build_is_no_index_and_goes_on(tmp_path: Path) -> None:
     (videos, read), nets = corpus(3), networks()
     with pytest.raises(KeyError):

@@ -93,8 +93,8 @@ def test_no_match_is_said(small_videos: Path) -> None:
 
 
 def test_a_query_gives_what_the_teacher_says_of_it(small_videos: Path) -> None:
-    regions = videos.regions_of(str(small_videos / "a_sharp.mp4"), FEATURES, Access())
-    backwards = videos.regions_of(str(small_videos / "c_sharp.mp4"), FEATURES, Access())
+    regions = videos.query_of(str(small_videos / "a_sharp.mp4"), FEATURES, Access()).regions
+    backwards = videos.query_of(str(small_videos / "c_sharp.mp4"), FEATURES, Access()).regions
     assert regions.shape == backwards.shape == (4, 9, 3) and regions.dtype == np.float32
     assert not np.array_equal(regions, backwards)
 
@@ -103,11 +103,11 @@ def test_a_query_that_is_no_video_is_told(tmp_path: Path) -> None:
     place = tmp_path / "q.mp4"
     place.write_text("no video\n")
     with pytest.raises(VideoError, match=r"q\.mp4"):
-        videos.regions_of(str(place), FEATURES, Access())
+        videos.query_of(str(place), FEATURES, Access())
 
 
 def test_a_teacher_with_other_files_than_the_index_was_made_with_is_refused(small_videos: Path) -> None:
     """A whitening that was fitted anew lies where the old one lay."""
     features = replace(FEATURES, identity={"whitening": {"sha256": "old"}})
     with pytest.raises(LabelsMismatch, match=r"regions-0123.*another whitening now"):
-        videos.regions_of(str(small_videos / "a_sharp.mp4"), features, Access())
+        videos.query_of(str(small_videos / "a_sharp.mp4"), features, Access())

@@ -82,6 +82,7 @@ def test_a_copy_matches_in_its_segment_and_the_rest_does_not(index: Index) -> No
 def test_no_match_is_told(index: Index) -> None:
     index = Index(index.uri, index.told | {"thresholds": vars(Thresholds())}, NETS)
     assert [hit.matches for hit in search(index, regions(9, 400), 0.3, 5)] == [False] * 5
+    assert [hit.matches for hit in search(index, READ["shard/2"], 1.0, 1)] == [False], "though it is found"
 
 
 def test_a_segment_ends_with_the_video(tmp_path: Path) -> None:

@@ -26,24 +26,27 @@ class Thresholds:
     """Of a pair of videos the fine score in [0, 1] from which they match; of a pair of frames the similarity that counts as alike.
 
     `recall`: the share of the pairs that are known to show the same that match, None where no such pair is known; `by_chance`: that
-    of the others, drawn at random.
+    of the others, drawn at random. Nothing matches where `match` is None.
     """
 
-    match: float = 1.0
+    match: float | None = None
     cell: float = 1.0
     recall: float | None = None
     by_chance: float | None = None
 
 
-def calibrate(negatives: Float[np.ndarray, " k"], num_videos: int, max_false_matches: float = MAX_FALSE_MATCHES) -> float:
+def calibrate(negatives: Float[np.ndarray, " k"], num_videos: int, max_false_matches: float = MAX_FALSE_MATCHES) -> float | None:
     """The score that so many of `num_videos` unrelated ones reach on average; at most 1.
 
     Beyond what the given scores tell, their tail is taken for exponential, with the slope between their median and 90th percentile.
+    None when these are one: no score tells then what is unrelated.
     """
     share = max_false_matches / num_videos
     if share >= 1 - MIDDLE:
         return min(1.0, float(np.quantile(negatives, max(1 - share, 0.0))))
     middle, high = np.quantile(negatives, [MIDDLE, HIGH])
+    if high == middle:
+        return None
     slope = (high - middle) / math.log((1 - MIDDLE) / (1 - HIGH))
     return min(1.0, float(middle + slope * math.log((1 - MIDDLE) / share)))
 
@@ -54,6 +57,8 @@ def of_pairs(fine: FineStudent, apart: Int[np.ndarray, "k 2"], alike: Int[np.nda
         return Thresholds()
     scores, cells = _compared(fine, apart, fetch)
     match = calibrate(scores, num_videos)
+    if match is None:
+        return Thresholds(cell=float(np.median(cells)))
     recall = float((_compared(fine, alike, fetch)[0] >= match).mean()) if len(alike) else None
     return Thresholds(match, float(np.median(cells)), recall, float((scores >= match).mean()))
 
@@ -68,11 +73,11 @@ def _compared(fine: FineStudent, pairs: Int[np.ndarray, "k 2"], fetch: Fetch) ->
     return np.concatenate(scores) / 2 + 0.5, cells
 
 
-def random_pairs(shown: Sequence[Collection[str]]) -> Int[np.ndarray, "k 2"]:
-    """At most 1000 pairs of different videos that are not known to show the same; always the same for what is `shown`."""
-    rng, n = np.random.default_rng(0), len(shown)
+def random_pairs(akin: Sequence[Collection[str]]) -> Int[np.ndarray, "k 2"]:
+    """At most 1000 pairs of different videos that have no name in common; always the same for the same names."""
+    rng, n = np.random.default_rng(0), len(akin)
     drawn = rng.integers(0, n, (2 * NUM_PAIRS, 2))
-    apart = dict.fromkeys((i, j) for i, j in drawn.tolist() if i != j and set(shown[i]).isdisjoint(shown[j]))
+    apart = dict.fromkeys((i, j) for i, j in drawn.tolist() if i != j and set(akin[i]).isdisjoint(akin[j]))
     return np.array(list(apart)[:NUM_PAIRS], np.int64).reshape(-1, 2)
 
 

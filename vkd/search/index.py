@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
@@ -32,20 +32,26 @@ from vkd.store import files
 
 INDEX, SHARDS = "index.json", "shards"
 FORMAT_VERSION = 2
-SHARD_VIDEOS = 256
+SHARD_VIDEOS, SHARD_FRAMES = 256, 1 << 15  # at most: fine codes of a shard lie in memory when it is written
 MAX_OPEN_SHARDS = 256  # whose footers are kept; each takes a file descriptor, of which a process often has 1024
 COARSE, SELECTOR, NUM_FRAMES, FINE = "coarse", "selector", "num_frames", "fine"
 KEYS = ("format_version", "features", "networks", "encoding", "num_regions", "thresholds", "shards")
 
 
 class Video(NamedTuple):
-    """A video to index; `name` is what reads its regions, `shown` names what it is known to show: its source, a host."""
+    """A video to index; `name` is what reads its regions, `shown` names what it is known to show: its source, a host.
+
+    `akin` names what it may look like beside that: videos that have one in common are no example of different ones. `num_frames` is
+    how many frames are read at most, as far as is known.
+    """
 
     name: str
     video_id: str
     uri: str
     duration_s: float | None = None
     shown: Sequence[str] = ()
+    akin: Sequence[str] = ()
+    num_frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Features:
 
 
 Read = Callable[[str], Float[np.ndarray, "t r d"]]
+Part = tuple[str, Sequence[Video]]  # a shard's name and videos
+MapParts = Callable[[Callable[[Part], None], Sequence[Part]], Iterable[None]]
 
 
 class Index:
@@ -85,11 +93,11 @@ class Index:
         self.features, self.thresholds = Features(**told["features"]).kept_in(uri), Thresholds(**told["thresholds"])
         self.shards = [str(name) for name in told["shards"]]
         tables = [_read(_shard(uri, name)) for name in self.shards]
-        self.videos = pa.concat_tables(tables)
         counts = [table.num_rows for table in tables]
+        self.coarse: Float[np.ndarray, "n o"] = np.concatenate([_vectors(table) for table in tables])
+        self.videos = pa.concat_tables([table.drop_columns([COARSE]) for table in tables])
         self.shard_of = np.repeat(np.arange(len(counts)), counts)
         self.row_in_shard = np.concatenate([np.arange(count) for count in counts])
-        self.coarse: Float[np.ndarray, "n o"] = np.frombuffer(b"".join(self.videos[COARSE].to_pylist()), np.float32).reshape(len(self), -1)
         self.selector: Float[np.ndarray, " n"] = self.videos[SELECTOR].to_numpy().copy()
         self.num_frames: Int[np.ndarray, " n"] = self.videos[NUM_FRAMES].to_numpy()
         self.id_rank = np.argsort(np.argsort(np.array(self.videos[schema.VIDEO_ID].to_pylist(), np.str_)))  # ties are broken by id
@@ -130,7 +138,7 @@ class Index:
     def _opened(self, shard: int) -> pq.ParquetFile:
         uri = _shard(self.uri, self.shards[shard], FINE)
         if "://" not in uri:
-            return pq.ParquetFile(uri, memory_map=True, page_checksum_verification=True)
+            return pq.ParquetFile(uri, memory_map=True, pre_buffer=False, page_checksum_verification=True)  # a quarter of the time
         fs, path = files.arrow_filesystem(uri)
         return pq.ParquetFile(path, filesystem=fs, pre_buffer=True, page_checksum_verification=True)
 
@@ -148,21 +156,21 @@ def told_of(uri: str, match_from: float | None = None) -> dict[str, Any]:
     return told
 
 
-def build(videos: Sequence[Video], read: Read, networks: Networks, features: Features, out: str) -> Index:
+def build(videos: Sequence[Video], read: Read, networks: Networks, features: Features, out: str, map_parts: MapParts = map) -> Index:
     """Index videos, or open the index of just these; one of fewer or other videos is made anew, but for shards that stay as they are.
 
-    Raises LabelsMismatch for networks trained on other features, and ConfigError for an index made by other networks.
+    `map_parts` makes the shards that lack, in any order. Raises LabelsMismatch for networks trained on other features, and ConfigError
+    for an index made by other networks, or a video without frames.
     """
     if not videos:
         raise ConfigError("no videos to index", where=out, action="vkd label RUN, then the same command again")
     kept = features.kept()
     _refuse(out, networks, kept)
     about = [features.name, *networks.digests.items()]
-    parts = [videos[start : start + SHARD_VIDEOS] for start in range(0, len(videos), SHARD_VIDEOS)]
-    names = [schema.digest(FORMAT_VERSION, *about, *part) for part in parts]
-    for name, part in zip(names, parts, strict=True):
-        if not files.exists(_shard(out, name)):
-            _write_shard(out, name, part, [networks.index(read(video.name)) for video in part])
+    parts = {schema.digest(FORMAT_VERSION, *about, *part): part for part in _parts(videos)}
+    names = list(parts)
+    lacking = [(name, part) for name, part in parts.items() if not files.exists(_shard(out, name))]
+    list(map_parts(functools.partial(_make_shard, out, read, networks), lacking))
     old = _told(out)
     if old is not None and old["shards"] == names:
         _delete_all_but(names, out)
@@ -174,8 +182,7 @@ def build(videos: Sequence[Video], read: Read, networks: Networks, features: Fea
     told: dict[str, Any] = {"format_version": FORMAT_VERSION, "features": vars(kept), "networks": networks.digests}
     told |= {"encoding": networks.encoding, "num_regions": read(videos[0].name).shape[1], "num_videos": len(videos), "shards": names}
     index = Index(out, told | {"thresholds": vars(Thresholds())}, networks)
-    shown = [video.shown for video in videos]
-    apart, alike = calibration.random_pairs(shown), calibration.known_pairs(shown)
+    apart, alike = calibration.random_pairs([video.akin for video in videos]), calibration.known_pairs([video.shown for video in videos])
     told["thresholds"] = vars(calibration.of_pairs(networks.fine, apart, alike, index.fetch, len(videos)))
     files.put(files.join(out, INDEX), json.dumps(told, indent=1).encode())  # last: what it names is there
     _delete_all_but(names, out)
@@ -203,13 +210,35 @@ def _refuse(out: str, networks: Networks, features: Features) -> None:
             raise ConfigError(f"the index there has other {key}: {differing[0]}", where=out, action="name another OUT, or delete this one")
 
 
+def _parts(videos: Sequence[Video]) -> Iterator[Sequence[Video]]:
+    """The videos of each shard: those of full ones stay what they are when more videos follow."""
+    start, frames = 0, 0
+    for end, video in enumerate(videos):
+        frames += video.num_frames
+        if end - start == SHARD_VIDEOS or (frames > SHARD_FRAMES and end > start):
+            yield videos[start:end]
+            start, frames = end, video.num_frames
+    yield videos[start:]
+
+
+def _make_shard(out: str, read: Read, networks: Networks, part: Part) -> None:
+    """Raises ConfigError for a video that has features of no frame."""
+    name, videos = part
+    codes = []
+    for video in videos:
+        regions = read(video.name)
+        if not len(regions):
+            raise ConfigError("it has features of no frame", where=video.uri, action=f"vkd labels forget RUN {video.video_id}, then again")
+        codes.append(networks.index(regions))
+    _write_shard(out, name, videos, codes)
+
+
 def _write_shard(out: str, name: str, videos: Sequence[Video], codes: Sequence[Codes]) -> None:
     """Its fine codes first: the other file says that both are there."""
     fine = pa.table({FINE: pa.array([code.fine.tobytes() for code in codes], pa.large_binary())})
     coarse = [code.coarse.astype(np.float32).tobytes() for code in codes]
     table = {name: pa.array([getattr(video, name) for video in videos], pa.string()) for name in (schema.VIDEO_ID, schema.URI)}
     table |= {
-        "shown": pa.array([list(video.shown) for video in videos], pa.list_(pa.string())),
         schema.DURATION_S: pa.array([video.duration_s for video in videos], pa.float64()),
         COARSE: pa.array(coarse, pa.binary(len(coarse[0]))),
         SELECTOR: pa.array([code.selector for code in codes], pa.float32()),
@@ -220,6 +249,13 @@ def _write_shard(out: str, name: str, videos: Sequence[Video], codes: Sequence[C
         sink = pa.BufferOutputStream()
         pq.write_table(rows, sink, row_group_size=group, **plain)
         files.put(place, sink.getvalue().to_pybytes())
+
+
+def _vectors(table: pa.Table) -> Float[np.ndarray, "n o"]:
+    """The coarse vectors of a shard."""
+    column = table[COARSE].combine_chunks()
+    rows = np.frombuffer(column.buffers()[1], np.float32).reshape(-1, column.type.byte_width // np.float32().itemsize)
+    return rows[column.offset : column.offset + len(column)]
 
 
 def _shard(out: str, name: str, kind: str = "") -> str:

@@ -16,6 +16,7 @@ from vkd.search.networks import Codes
 from vkd.search.segments import Block
 
 SELECTOR_PAIRS = 1 << 14  # asked at once
+FETCHED_VIDEOS = 256  # at once
 TIE_DECIMALS = 6  # a matrix product gives equal rows values that differ by rounding
 
 
@@ -81,26 +82,24 @@ def ranking(index: Index, query: Codes, chosen: Int[np.ndarray, " k"]) -> Rankin
 
 
 def fine_scores(index: Index, query: Codes, videos: Int[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
-    """Fine scores in [-1, 1] of these videos; codes are fetched a shard at a time, so that they need not all lie in memory."""
+    """Fine scores in [-1, 1] of these videos; codes are fetched for some of them at a time, so that they need not all lie in memory."""
     found = np.empty(len(videos), np.float32)
-    shards = index.shard_of[videos]
-    for shard in np.unique(shards):
-        place = np.flatnonzero(shards == shard)
-        found[place] = comparison.scores(index.networks.fine, query.fine, index.fetch(videos[place]))
+    order = np.argsort(index.shard_of[videos], kind="stable")
+    for part in np.split(order, range(FETCHED_VIDEOS, len(order), FETCHED_VIDEOS)):
+        found[part] = comparison.scores(index.networks.fine, query.fine, index.fetch(videos[part]))
     return found
 
 
 def hits(index: Index, query: Codes, query_frames: int, found: Ranking, top: int) -> list[Hit]:
     """What is told of the best `top` of a ranking; all of them are compared finely, to tell matches and segments."""
-    best = found.order[:top]
-    best_codes = index.fetch(best)
-    fine = comparison.scores(index.networks.fine, query.fine, best_codes) / 2 + 0.5
+    best, match = found.order[:top], index.thresholds.match
+    fine = fine_scores(index, query, best) / 2 + 0.5
     query_s = query_frames / index.features.fps
     told = []
-    for number, codes, fine_score, row in zip(best.tolist(), best_codes, fine, index.videos.take(best).to_pylist(), strict=True):
-        matches = bool(fine_score >= index.thresholds.match)
+    for number, fine_score, row in zip(best.tolist(), fine, index.videos.take(best).to_pylist(), strict=True):
+        matches = match is not None and bool(fine_score >= match)
         duration_s = row[schema.DURATION_S]
-        block = _block(index, query, query_frames, codes, duration_s) if matches else None
+        block = _block(index, query, query_frames, number, duration_s) if matches else None
         segment = None if block is None else _seconds(block, index.features.fps, query_s, duration_s)
         score, is_fine = float(found.scores[number]), bool(found.is_fine[number])
         told.append(Hit(row[schema.VIDEO_ID], row[schema.URI], duration_s, score, is_fine, matches, segment))
@@ -112,8 +111,9 @@ def best_first(values: Float[np.ndarray, " n"], ids: Shaped[np.ndarray, " n"]) -
     return np.lexsort((ids, -values.round(TIE_DECIMALS)))
 
 
-def _block(index: Index, query: Codes, query_frames: int, codes: np.ndarray, duration_s: float | None) -> Block | None:
+def _block(index: Index, query: Codes, query_frames: int, number: int, duration_s: float | None) -> Block | None:
     """Among frames that are real: short videos are repeated."""
+    (codes,) = index.fetch(np.array([number]))
     frames = len(codes) if duration_s is None else max(1, math.ceil(duration_s * index.features.fps))
     similarity = comparison.frames(index.networks.fine, query.fine, codes)[:query_frames, :frames]
     return segments.best_block(similarity.numpy(), index.thresholds.cell)

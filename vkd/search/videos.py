@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +33,20 @@ from vkd.video.settings import Settings
 
 REGIONS = "regions"
 
-SHOWN = (SOURCE, FAMILY, HOST)  # columns of copies: what a video shows
+SHOWN, AKIN = (SOURCE, HOST), (SOURCE, HOST, FAMILY)  # columns of copies: what a video shows, and what it may look like
+MIN_LEFT_OUT_S = 1.0  # a frame's time more is rounding
+
+
+class Query(NamedTuple):
+    """What is searched for: features of a video's frames, from its beginning on."""
+
+    regions: Float[np.ndarray, "t r d"]
+    duration_s: float | None
+
+    def only_first_s(self, fps: float) -> float | None:
+        """How many seconds were looked at, when the video goes on after that."""
+        seen_s = len(self.regions) / fps
+        return seen_s if self.duration_s is not None and self.duration_s >= seen_s + MIN_LEFT_OUT_S else None
 
 
 def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
@@ -48,25 +62,26 @@ def of_run(run: Run) -> tuple[list[Video], LabelSet, Features]:
     if lacking := label_set.missing(0, plan.chunks):
         what = f"regions of {len(lacking)} of {len(plan.chunks)} chunks are missing"
         raise LabelsMissing(what, where=label_set.uri, action="vkd label RUN")
-    videos: dict[str, Video] = {}
+    committed, videos = label_set.committed(0), dict[str, Video]()
     for chunk in plan.chunks:
-        status = label_set.read(0, chunk, ())[schema.STATUS].to_pylist()
+        status = label_set.read(0, chunk, (), attempt=committed[chunk])[schema.STATUS].to_pylist()
         for row, example in enumerate(plan.examples(chunk).to_pylist()):
             _require_whole(example)
             if status[row] == schema.LABELLED:
                 name = f"{chunk.shard}/{chunk.index * plan.chunk_size + row}"
                 video_id, uri, duration_s = (example[key] for key in (schema.VIDEO_ID, schema.URI, schema.DURATION_S))
-                shown = sorted({example[key] for key in SHOWN if example.get(key)})
-                videos.setdefault(video_id, Video(name, video_id, uri, duration_s, shown))
-    fps = _sampling(teacher, alias).fps
-    assert fps is not None
+                shown, akin = (sorted({example[key] for key in keys if example.get(key)}) for keys in (SHOWN, AKIN))
+                videos.setdefault(video_id, Video(name, video_id, uri, duration_s, shown, akin))
+    sampling = _sampling(teacher, alias)
+    fps = sampling.fps or 0.0
+    listed = [v._replace(num_frames=min(math.ceil((v.duration_s or 0.0) * fps), sampling.num_frames)) for v in videos.values()]
     spec = run.recipe.teachers[alias].model_dump(mode="json")
     named = [option for option in teacher.places if spec.get(option) and not os.path.isdir(spec[option])]
-    return list(videos.values()), label_set, Features(label_set.spec.name, fps, spec, _identity(teacher), named)
+    return listed, label_set, Features(label_set.spec.name, fps, spec, _identity(teacher), named)
 
 
-def regions_of(uri: str, features: Features, access: Access) -> Float[np.ndarray, "t r d"]:
-    """Region features of one video, by the teacher of an index.
+def query_of(uri: str, features: Features, access: Access) -> Query:
+    """One video as the teacher of an index sees it.
 
     Raises VideoError when it cannot be decoded, LabelsMismatch when the teacher is no longer the one that the index was made with.
     """
@@ -75,10 +90,10 @@ def regions_of(uri: str, features: Features, access: Access) -> Float[np.ndarray
         teacher: Teacher = models.build(spec, TEACHERS, "teacher")
         _require_the_same(teacher, features)
         teacher.load("cpu")
-        return _regions(uri, teacher, access)
+        return _query(uri, teacher, access)
 
 
-def _regions(uri: str, teacher: Teacher, access: Access) -> Float[np.ndarray, "t r d"]:
+def _query(uri: str, teacher: Teacher, access: Access) -> Query:
     settings = Settings((_sampling(teacher, REGIONS),), access=access)
     duration_s = guard.here(settings).probe(uri).duration_s
     video = {schema.VIDEO_ID: ["query"], schema.URI: [uri], schema.DURATION_S: pa.array([duration_s], pa.float64())}
@@ -88,7 +103,7 @@ def _regions(uri: str, teacher: Teacher, access: Access) -> Float[np.ndarray, "t
         raise VideoError(decoded.kind, decoded.message, where=uri, permanent=decoded.permanent)
     columns = planning.text_columns(examples, planning.columns_for([teacher]))
     regions = teacher(columns | {schema.FRAMES: decoded[0][None]})[REGIONS][0]
-    return np.asarray(regions, np.float32)
+    return Query(np.asarray(regions, np.float32), duration_s)
 
 
 def _require_whole(example: Mapping[str, Any]) -> None:
