@@ -72,7 +72,8 @@ def forget(
         )
         for copy in done.copies:
             shown.line(f"shows the same, not forgotten: {copy}")
-        shown.line("not touched: an index that has them, until vkd index RUN makes it anew, and manifests of pairs that name them")
+        shown.line("not touched: an index that has them, until vkd index RUN makes it anew")
+        shown.line("manifests of pairs that name them train no more: vkd pairs RUN into another folder")
         finish(as_json, vars(done))
 
 

@@ -53,7 +53,8 @@ class RegionStore:
         table = self._chunk(Chunk(shard, index))
         if row >= table.num_rows or table[schema.STATUS][row].as_py() != schema.LABELLED:
             what = f"video {video} {'is not there' if row >= table.num_rows else 'is rejected'}"
-            raise LabelsMissing(what, where=self._set.uri, action="vkd label RUN --retry-rejects, or pair labelled videos only")
+            action = "vkd label RUN --retry-rejects, or, when it was taken down since, vkd pairs RUN into another folder"
+            raise LabelsMissing(what, where=self._set.uri, action=action)
         found: np.ndarray = decode(table, REGIONS, np.array([row]))[0]
         return found
 
