@@ -86,9 +86,9 @@ def test_more_dims_than_the_vectors_span_are_refused(num_rows: int, dims: int, r
 
 
 def test_a_file_gives_back_what_was_fitted() -> None:
-    found = fitted(vectors(), 5)
+    found = fitted(vectors(), 5)._replace(network="resnet50 (weights 01)")
     again = Whitening.from_bytes(found.to_bytes())
-    assert again.num_vectors == 200 and again.to_bytes() == found.to_bytes()
+    assert (again.num_vectors, again.network) == (200, "resnet50 (weights 01)") and again.to_bytes() == found.to_bytes()
     for name in ("mean", "eigenvalues", "vectors"):
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
     np.testing.assert_array_equal(whitened(vectors(), again.first(2)), whitened(vectors(), fitted(vectors(), 2)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -21,12 +22,16 @@ EPSILON = 1e-7  # added to eigenvalues: Kordopatis-Zilos et al. 2022
 
 
 class Whitening(NamedTuple):
-    """The first eigenpairs of a covariance of `num_vectors` vectors (0: nobody told), by eigenvalue descending; float32."""
+    """The first eigenpairs of a covariance of `num_vectors` vectors (0: nobody told), by eigenvalue descending; float32.
+
+    `network` names what gave the vectors (empty: nobody told): features of another one, or of other weights, are not whitened by it.
+    """
 
     mean: Float[np.ndarray, " c"]
     eigenvalues: Float[np.ndarray, " d"]
     vectors: Float[np.ndarray, "c d"]
     num_vectors: int
+    network: str = ""
 
     def first(self, dims: int) -> Whitening:
         """The same of so many dims. Raises ConfigError when it has fewer."""
@@ -38,9 +43,8 @@ class Whitening(NamedTuple):
     def to_bytes(self) -> bytes:
         """A safetensors file; equal whitenings give equal bytes."""
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in ("mean", "eigenvalues", "vectors")}
-        data: bytes = safetensors.numpy.save(
-            tensors, {ABOUT: json.dumps({"format_version": FORMAT_VERSION, "num_vectors": self.num_vectors})}
-        )
+        about = {"format_version": FORMAT_VERSION, "num_vectors": self.num_vectors, "network": self.network}
+        data: bytes = safetensors.numpy.save(tensors, {ABOUT: json.dumps(about)})
         return data
 
     @classmethod
@@ -51,10 +55,19 @@ class Whitening(NamedTuple):
             raise ValueError("it holds no tensors by name")
         arrays = {name: value.float().numpy() for name, value in found.items()}
         if {"mean", "d", "V"} <= set(arrays):
-            return _sorted(arrays["mean"], arrays["d"], arrays["V"], 0)
+            return _sorted(arrays["mean"], arrays["d"], arrays["V"])
         if set(arrays) != {"mean", "eigenvalues", "vectors"}:
             raise ValueError(f"it holds {', '.join(sorted(map(str, arrays))[:3])}")
-        return _sorted(arrays["mean"], arrays["eigenvalues"], arrays["vectors"], _num_vectors(data))
+        num_vectors, network = _about(data)
+        return _sorted(arrays["mean"], arrays["eigenvalues"], arrays["vectors"])._replace(num_vectors=num_vectors, network=network)
+
+
+def network_of(identity: Mapping[str, Any]) -> str:
+    """The name of the network whose features a teacher gives, by what it says of itself; empty when it does not say."""
+    try:
+        return f"{identity['backbone']} (weights {identity['weights_sha256'][:16]})"
+    except KeyError:
+        return ""
 
 
 class Whiten(nn.Module):
@@ -103,24 +116,24 @@ class Covariance:
         return Whitening(self.mean.astype(np.float32), eigenvalues[:dims].astype(np.float32), kept.astype(np.float32), self.count)
 
 
-def _num_vectors(data: bytes) -> int:
-    """Of the metadata of a safetensors file."""
+def _about(data: bytes) -> tuple[int, str]:
+    """Number of vectors and network, of the metadata of a safetensors file."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = json.loads(header["__metadata__"][ABOUT])
-        version, num_vectors = about["format_version"], int(about["num_vectors"])
+        version, num_vectors, network = about["format_version"], int(about["num_vectors"]), str(about.get("network", ""))
     except (KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError("it is no whitening") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"its format is version {version}, not {FORMAT_VERSION}")
-    return num_vectors
+    return num_vectors, network
 
 
-def _sorted(mean: np.ndarray, eigenvalues: np.ndarray, vectors: np.ndarray, num_vectors: int) -> Whitening:
+def _sorted(mean: np.ndarray, eigenvalues: np.ndarray, vectors: np.ndarray) -> Whitening:
     """Raises ValueError when these are no eigenpairs."""
     if mean.ndim != 1 or not eigenvalues.size or vectors.shape != (*mean.shape, *eigenvalues.shape):
         raise ValueError(f"its shapes do not fit: mean {mean.shape}, eigenvalues {eigenvalues.shape}, vectors {vectors.shape}")
     if not all(np.isfinite(array).all() for array in (mean, eigenvalues, vectors)) or (eigenvalues <= -EPSILON).any():
         raise ValueError("its values must be finite, and no eigenvalue negative")
     order = np.argsort(-eigenvalues, kind="stable")
-    return Whitening(mean, eigenvalues[order], np.ascontiguousarray(vectors[:, order]), num_vectors)
+    return Whitening(mean, eigenvalues[order], np.ascontiguousarray(vectors[:, order]), 0)

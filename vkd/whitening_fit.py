@@ -15,7 +15,7 @@ from vkd.run import Run
 from vkd.store import files
 from vkd.store.encodings import decode
 from vkd.store.labelset import LabelSet
-from vkd.whitening import Covariance
+from vkd.whitening import Covariance, network_of
 
 RECORD = ".json"  # beside the file: what it was fitted on
 
@@ -42,7 +42,7 @@ def fit(run: Run, out: str, dims: int) -> WhiteningReport:
     """
     if run.labels.mode == "live":
         raise ConfigError("mode live keeps no labels", where="labels.mode", action="set it to tee, then vkd label RUN")
-    plan, (alias, label_set) = Plan.of(run), _regions(run)
+    plan, (alias, network, label_set) = Plan.of(run), _regions(run)
     planning.require_labels(run, plan, label_set)
     fitted_on = schema.digest(label_set.spec.name, plan.manifest_digest, run.data.split.model_dump_json(), label_set.views(), dims)
     if (report := _fitted_before(out, fitted_on)) is not None:
@@ -51,7 +51,7 @@ def fit(run: Run, out: str, dims: int) -> WhiteningReport:
         what = "this file was fitted on something else, and labels may name it"
         raise ConfigError(what, where=out, action="name another file, or delete this one to fit it anew")
     covariance, num_clips = _covariance(plan, label_set)
-    whitening = covariance.whitening(dims)
+    whitening = covariance.whitening(dims)._replace(network=network)
     variance = float(whitening.eigenvalues.sum(dtype=np.float64) * covariance.count / np.trace(covariance.scatter))
     report = WhiteningReport(out, alias, num_clips, covariance.count, len(covariance.mean), dims, variance)
     record = json.dumps({"fitted_on": fitted_on, "report": asdict(report)})
@@ -70,17 +70,18 @@ def _fitted_before(out: str, fitted_on: str) -> WhiteningReport | None:
     return WhiteningReport(**told["report"] | {"path": out}) if known else None
 
 
-def _regions(run: Run) -> tuple[str, LabelSet]:
-    """The alias and the label set of the run's first teacher. Raises ConfigError when it emits no regions, or whitened ones."""
+def _regions(run: Run) -> tuple[str, str, LabelSet]:
+    """Alias, network and label set of the run's first teacher. Raises ConfigError when it emits no regions, or whitened ones."""
     alias, teacher = planning.first_teacher(run)
     found = teacher.emits.get(REGIONS)
     if found is None or not found.ragged:
         action = "name the teacher regions"
         raise ConfigError(f"it emits no {REGIONS!r} of frames, but {', '.join(teacher.emits)}", where=f"recipe.{alias}", action=action)
-    if teacher.identity().get("whitening") is not None:
+    identity = teacher.identity()
+    if identity.get("whitening") is not None:
         action = "leave the teacher's whitening out, and label that"
         raise ConfigError("its regions are whitened already", where=f"recipe.{alias}.whitening", action=action)
-    return alias, LabelSet.open(run.store, planning.teacher_spec(run, alias, teacher))
+    return alias, network_of(identity), LabelSet.open(run.store, planning.teacher_spec(run, alias, teacher))
 
 
 def _covariance(plan: Plan, label_set: LabelSet) -> tuple[Covariance, int]:

@@ -19,7 +19,7 @@ from vkd.resnet import ResNet50
 from vkd.schema import DURATION_S, END_S, FRAMES, START_S, Columns, TensorType
 from vkd.teachers.base import probe_frames
 from vkd.teachers.regions import RegionsTeacher
-from vkd.whitening import Whiten, Whitening
+from vkd.whitening import Whiten, Whitening, network_of
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +127,17 @@ def test_a_whitening_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         _ = RegionsTeacher(whitening=str(path), dims=3).emits
     with pytest.raises(TeacherError, match=r"nowhere.*no such file"):
         RegionsTeacher(backbone="resnet50", weights="nowhere").identity()
+
+
+def test_a_whitening_of_another_network_or_its_other_weights_is_refused(tmp_path: Path) -> None:
+    """Both give as many values: nothing else would tell."""
+    path, values = tmp_path / "w.safetensors", np.zeros(1752, np.float32)
+    fitted = Whitening(values, np.ones(2, np.float32), np.ones((1752, 2), np.float32), 9)
+    own = network_of(RegionsTeacher().identity())
+    for network in ("", own):
+        path.write_bytes(fitted._replace(network=network).to_bytes())
+        assert RegionsTeacher(whitening=str(path)).identity()["whitening"]["sha256"]
+    path.write_bytes(fitted._replace(network="efficientnet_lite0 (weights 0123)").to_bytes())
+    with pytest.raises(TeacherError) as told:
+        RegionsTeacher(whitening=str(path)).identity()
+    assert f"fitted on features of efficientnet_lite0 (weights 0123), these are of {own}" in str(told.value)

@@ -21,7 +21,7 @@ from vkd.schema import DURATION_S, END_S, FRAMES, START_S, Columns, TensorType
 from vkd.store import files
 from vkd.teachers.base import PRECISIONS, HalvingBatches, Teacher
 from vkd.weights import named
-from vkd.whitening import Whiten, Whitening
+from vkd.whitening import Whiten, Whitening, network_of
 
 REGIONS = "regions"
 LITE = "efficientnet_lite0"
@@ -81,9 +81,13 @@ class RegionsTeacher(Teacher):
         return {REGIONS: TensorType("float32", (None, NUM_REGIONS, len(self._whitening.eigenvalues)))}
 
     def identity(self) -> dict[str, Any]:
+        """Raises TeacherError when the whitening was fitted on features of another network."""
         with self._weights_path().open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         told = {"name": REGIONS, "version": self.version, "backbone": self.backbone, "precision": self.precision, "weights_sha256": digest}
+        if self._whitening is not None and self._whitening.network not in ("", network_of(told)):
+            what = f"the whitening was fitted on features of {self._whitening.network}, these are of {network_of(told)}"
+            raise TeacherError(what, where=self.whitening or "", action="fit one on the features of this network: vkd whiten RUN OUT")
         whitened = None if self._data is None else {"sha256": hashlib.sha256(self._data).hexdigest(), "dims": self.dims}
         return told | {"whitening": whitened}
 
