@@ -138,7 +138,6 @@ def measure(found: Corpus, fixed: Mapping[str, Matrix], folder: Path, seed: int)
     needs = [selector(told[i].expand(len(told)), told, torch.from_numpy(row)) for i, row in zip(found.queries, of_coarse, strict=True)]
     result = {name: precisions(found, values) for name, values in scores.items()}
     orders = selection_orders(of_coarse, scores["fine binary"], torch.stack(needs).numpy(), seed)
-    orders["threshold"] = -np.abs(of_coarse - 0.5)  # the coarse score that says least first
     for name, priority in orders.items():
         curve = [precisions(found, mixed(found, of_coarse, scores["fine binary"], priority, budget)) for budget in BUDGETS]
         result[f"area {name}"] = np.mean(curve, axis=0)

@@ -186,6 +186,31 @@ def test_a_query_of_which_only_the_beginning_is_searched_for_is_told(main: Main,
     assert f"{NUM_VIDEOS} videos, 0 compared finely" in out
 
 
-def test_a_budget_that_is_no_share_is_told(main: Main, tmp_path: Path) -> None:
-    code, _, err = main("search", tmp_path, "q.mp4", "--budget", "200%")
-    assert code == 2 and "--budget '200%' is no share" in err
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--budget", "200%"), "--budget '200%' is no share"),
+        (("--order", "fine"), "--order 'fine' is no order -> choose selector or coarse"),
+    ],
+)
+def test_options_that_are_wrong_are_told(main: Main, tmp_path: Path, options: tuple[str, ...], told: str) -> None:
+    code, _, err = main("search", tmp_path, "q.mp4", *options)
+    assert code == 2 and told in err
+
+
+def test_an_index_is_measured_by_its_ground_truth(main: Main, indexed: Path, tmp_path: Path) -> None:
+    assert main(*words(indexed, tmp_path / "index"))[0] == 0
+    (tmp_path / "truth.json").write_text(json.dumps({"v0": ["v1", "v2"], "v3": ["v4"], "gone": ["v0"]}))
+    code, out, err = main("retrieval", tmp_path / "index", tmp_path / "truth.json", "--budgets", "100%, 0, 40%", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["budgets"], told["queries"], told["missing"], told["videos"]) == ([0, 0.4, 1], 2, 1, NUM_VIDEOS)
+    assert "2 queries among 5 videos; 1 more are not in the index" in err
+    assert "mAP: 99% of what all fine scores give takes vkd search --order " in err
+    for options, said in (
+        (("--budgets", "5%"), "--budgets lacks 100%"),
+        (("--protocol", "evve"), "truth.json: it is no ground truth of evve"),
+        (("--protocol", "vcdb"), "'vcdb' is no protocol"),
+    ):
+        code, _, err = main("retrieval", tmp_path / "index", tmp_path / "truth.json", *options)
+        assert code == 2 and said in err and err.count("\n") == 1, err

@@ -12,12 +12,13 @@ from rich.markup import escape
 
 from vkd import cli_parts
 from vkd.cli_parts import Json, Overrides, RunFile
+from vkd.errors import ConfigError
 
 if TYPE_CHECKING:
     from vkd.console import Screen
     from vkd.run import Run
     from vkd.search.calibration import Thresholds
-    from vkd.search.query import Hit
+    from vkd.search.query import Hit, Order
     from vkd.steps import Index
 
 T = TypeVar("T")
@@ -83,6 +84,9 @@ def search(
     index: Annotated[str, typer.Argument(metavar="INDEX", help="A folder that vkd index made.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="A video.")],
     budget: Annotated[str, typer.Option(help="The share of the index that is compared frame by frame.")] = "5%",
+    order: Annotated[
+        str, typer.Option(help="Of which videos: selector, or coarse, those that look most alike; vkd retrieval compares.")
+    ] = ("selector"),
     top: Annotated[int, typer.Option(help="How many videos are shown.", min=1)] = 20,
     actors: Annotated[int, typer.Option(help="So many actors of the Ray cluster hold the index between them; 0: this process.", min=0)] = 0,
     match_from: Annotated[float | None, typer.Option(help="The fine score of a match; the index's own unless told.", min=0, max=1)] = None,
@@ -93,10 +97,10 @@ def search(
     with cli_parts.screen(as_json) as screen:
         screen.stage("search")
         uri = cli_parts.absolute(query)
-        share = cli_parts.fraction("--budget", budget, zero=True)
-        num_videos, only_first_s, hits = _found(cli_parts.absolute(index), uri, share, top, actors, match_from)
+        how = cli_parts.fraction("--budget", budget, zero=True), top, _order(order)
+        num_videos, only_first_s, hits = _found(cli_parts.absolute(index), uri, how, actors, match_from)
         screen.close()
-        title = f"{num_videos} videos, {int(share * num_videos)} compared finely to rank them"
+        title = f"{num_videos} videos, {int(how[0] * num_videos)} compared finely to rank them"
         screen.table(title, ("", "score", "", "query", "found", "video"), _rows(hits))
         if only_first_s is not None:
             screen.line(f"the query goes on: only its first {only_first_s:.1f} s were searched for, as the index sees no more of a video")
@@ -109,8 +113,18 @@ def search(
         cli_parts.finish(as_json, told)
 
 
+def _order(text: str) -> Order:
+    """Raises ConfigError for an unknown one."""
+    from vkd.search.query import ORDERS
+
+    found: Order | None = next((order for order in ORDERS if order == text), None)
+    if found is None:
+        raise ConfigError(f"--order {text!r} is no order", action=f"choose {' or '.join(ORDERS)}")
+    return found
+
+
 def _found(
-    index: str, query: str, budget: float, top: int, num_actors: int, match_from: float | None
+    index: str, query: str, how: tuple[float, int, Order], num_actors: int, match_from: float | None
 ) -> tuple[int, float | None, list[Hit]]:
     """How many videos were searched, for how much of a query that goes on, and the best of them."""
     from vkd.search import query as searching
@@ -121,7 +135,7 @@ def _found(
     if not num_actors:
         opened = Index.open(index, match_from=match_from)
         seen = videos.query_of(query, opened.features, Access())
-        return len(opened), seen.only_first_s(opened.features.fps), searching.search(opened, seen.regions, budget, top)
+        return len(opened), seen.only_first_s(opened.features.fps), searching.search(opened, seen.regions, *how)
     from vkd import cluster
     from vkd.compute import Compute
     from vkd.search.sharded import ShardedIndex
@@ -129,7 +143,7 @@ def _found(
     with cluster.session(Compute()), cluster.worker_errors():
         spread = ShardedIndex(index, num_actors, match_from)
         seen = videos.query_of(query, spread.features, Access())
-        hits = spread.search(seen.regions, budget, top)
+        hits = spread.search(seen.regions, *how)
         return len(spread), seen.only_first_s(spread.features.fps), hits
 
 

@@ -57,6 +57,9 @@ class Screen:
     def copied(self, done: int, total: int) -> None:
         self._show(f"copies: rendered those of {done} of {total} videos", done, total)
 
+    def searched(self, done: int, total: int) -> None:
+        self._show(f"retrieval: {done} of {total} queries", done, total)
+
     def labelled(self, report: LabelReport) -> None:
         rejected = "".join(f", {count} rejected ({kind})" for kind, count in report.rejected.most_common())
         speed = report.done / max(report.wall_s, 1e-9)

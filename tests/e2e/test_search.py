@@ -53,6 +53,8 @@ def test_actors_find_what_one_process_finds_also_after_one_died(folder: str) -> 
         found = index.search(query, 0.3, 6)
         assert [hit.video_id for hit in found] == [hit.video_id for hit in expected]
         assert [hit.score for hit in found] == pytest.approx([hit.score for hit in expected], abs=1e-6)
+        best = [hit.video_id for hit in search(indexing.Index.open(folder), query, 0.3, 6, "coarse")]
+        assert [hit.video_id for hit in index.search(query, 0.3, 6, "coarse")] == best
         if not turn:
             ray.kill(index.parts[0], no_restart=False)
             time.sleep(0.1)

@@ -219,10 +219,11 @@ def test_a_budget_is_that_of_the_reference(budget: float) -> None:
 def test_selection_orders() -> None:
     selector = np.zeros((2, 4))
     orders = selection_orders(COARSE.values, FINE, selector, seed=1)
-    assert list(orders) == ["selector", "coarse", "random", "disagreement"]
+    assert list(orders) == ["selector", "coarse", "random", "disagreement", "threshold"]
     assert orders["selector"] is selector
     assert orders["coarse"] is COARSE.values
     np.testing.assert_allclose(orders["disagreement"], [[0.9, 0.3, 0.3, 0.35], [0.4, 0.05, 0.3, 0.9]])
+    np.testing.assert_allclose(orders["threshold"][0], [-0.4, -0.3, -0.2, -0.1])
     assert np.array_equal(orders["random"], selection_orders(COARSE.values, FINE, selector, seed=1)["random"])
     assert not np.array_equal(orders["random"], selection_orders(COARSE.values, FINE, selector, seed=2)["random"])
 

@@ -151,9 +151,13 @@ def reranked(coarse: Scores, fine: Float[np.ndarray, "q d"], priority: Float[np.
 def selection_orders(
     coarse: Float[np.ndarray, "q d"], fine: Float[np.ndarray, "q d"], selector: Float[np.ndarray, "q d"], seed: int
 ) -> dict[str, Float[np.ndarray, "q d"]]:
-    """Priorities to compare: the selector's, the best coarse scores first, chance, and those of a selector that knew the fine scores."""
+    """Priorities to compare: the selector's, the best coarse scores first, chance, those of a selector that knew the fine scores, and
+
+    `threshold`: the coarse scores that are nearest to 1/2, and so say least, first.
+    """
     chance = np.random.default_rng(seed).random(coarse.shape)
-    return {"selector": selector, "coarse": coarse, "random": chance, "disagreement": np.abs(to_unit(fine) - coarse)}
+    found = {"selector": selector, "coarse": coarse, "random": chance, "disagreement": np.abs(to_unit(fine) - coarse)}
+    return found | {"threshold": -np.abs(coarse - 0.5)}
 
 
 def map_at_budget(

@@ -1,9 +1,12 @@
-"""Search: every video by its coarse score, those that the selector asks for by their fine one (Kordopatis-Zilos et al. 2022)."""
+"""Search: every video by its coarse score, those that the selector asks for by their fine one (Kordopatis-Zilos et al. 2022).
+
+Or those whose coarse scores are best: `Order`.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -20,6 +23,10 @@ FETCHED_VIDEOS = 256  # at once
 TIE_DECIMALS = 6  # a matrix product gives equal rows values that differ by rounding
 
 
+Order = Literal["selector", "coarse"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+
+
 class Segment(NamedTuple):
     """What two videos share, in seconds of each."""
 
@@ -30,7 +37,7 @@ class Segment(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """A video that was found. `score`, in [0, 1], is the fine one where the selector asked for it (`is_fine`), else the coarse one.
+    """A video that was found. `score`, in [0, 1], is the fine one where it was in the budget (`is_fine`), else the coarse one.
 
     `matches`: its fine score reaches the index's threshold, so it is a copy rather than the next best video; only then has it a segment.
     """
@@ -52,22 +59,27 @@ class Ranking(NamedTuple):
     order: Int[np.ndarray, " n"]
 
 
-def search(index: Index, query_regions: Float[np.ndarray, "t r d"], budget: float = 0.05, top: int = 20) -> list[Hit]:
+def search(
+    index: Index, query_regions: Float[np.ndarray, "t r d"], budget: float = 0.05, top: int = 20, order: Order = "selector"
+) -> list[Hit]:
     """The best `top` videos. The share `budget` of the index is compared finely."""
     query = index.networks.index(query_regions)
-    return hits(index, query, len(query_regions), rank(index, query, budget), top)
+    return hits(index, query, len(query_regions), rank(index, query, budget, order), top)
 
 
-def rank(index: Index, query: Codes, budget: float) -> Ranking:
+def rank(index: Index, query: Codes, budget: float, order: Order = "selector") -> Ranking:
     """All videos of an index: int(budget * N) by their fine score mapped to [0, 1], the others by the coarse one as it is."""
-    needs = need(index, query)
+    needs = need(index, query, order)
     return ranking(index, query, best_first(needs, index.id_rank)[: int(budget * len(index))])
 
 
 @torch.inference_mode()
-def need(index: Index, query: Codes) -> Float[np.ndarray, " n"]:
-    """How much each video needs the fine score, by the selector."""
-    theirs, coarse = torch.from_numpy(index.selector), torch.from_numpy(index.coarse @ query.coarse)
+def need(index: Index, query: Codes, order: Order = "selector") -> Float[np.ndarray, " n"]:
+    """How much each video needs the fine score: by the selector, or by its coarse score."""
+    scores: Float[np.ndarray, " n"] = index.coarse @ query.coarse
+    if order == "coarse":
+        return scores
+    theirs, coarse = torch.from_numpy(index.selector), torch.from_numpy(scores)
     parts = zip(*(torch.split(x, SELECTOR_PAIRS) for x in (theirs, coarse)), strict=True)
     return torch.cat([index.networks.selector(torch.full_like(e, query.selector), e, s) for e, s in parts]).numpy()
 

@@ -16,7 +16,7 @@ from vkd.placement import Need
 from vkd.search import query as searching
 from vkd.search.index import Features, Index, told_of
 from vkd.search.networks import Codes, Networks
-from vkd.search.query import Hit, best_first
+from vkd.search.query import Hit, Order, best_first
 
 MAX_RESTARTS = 3
 
@@ -47,9 +47,9 @@ class Part:
     def size(self) -> int:
         return len(self.index)
 
-    def needs(self, query: Codes, count: int) -> Needs:
+    def needs(self, query: Codes, count: int, order: Order) -> Needs:
         """The `count` videos here that most need the fine score."""
-        need = searching.need(self.index, query)
+        need = searching.need(self.index, query, order)
         numbers = best_first(need, self.index.id_rank)[:count]
         return Needs(need[numbers], self.video_ids[numbers], numbers)
 
@@ -80,15 +80,17 @@ class ShardedIndex:
         self.num_videos = self.num_videos or sum(ray.get([part.size.remote() for part in self.parts]))
         return self.num_videos
 
-    def search(self, query_regions: Float[np.ndarray, "t r d"], budget: float = 0.05, top: int = 20) -> list[Hit]:
+    def search(
+        self, query_regions: Float[np.ndarray, "t r d"], budget: float = 0.05, top: int = 20, order: Order = "selector"
+    ) -> list[Hit]:
         """The best `top` videos. The share `budget` of the whole index is compared finely, wherever that lies."""
         query, count = self.networks.index(query_regions), int(budget * len(self))
-        needs: list[Needs] = ray.get([part.needs.remote(query, count) for part in self.parts])
+        needs: list[Needs] = ray.get([part.needs.remote(query, count, order) for part in self.parts])
         chosen = _most_needed(needs, count)
         asked = [part.hits.remote(query, len(query_regions), mine, top) for part, mine in zip(self.parts, chosen, strict=True)]
         hits: list[Hit] = [hit for of_part in ray.get(asked) for hit in of_part]
-        order = best_first(np.array([hit.score for hit in hits], np.float32), np.array([hit.video_id for hit in hits]))
-        return [hits[i] for i in order[:top].tolist()]
+        best = best_first(np.array([hit.score for hit in hits], np.float32), np.array([hit.video_id for hit in hits]))[:top]
+        return [hits[i] for i in best.tolist()]
 
 
 def _most_needed(needs: Sequence[Needs], count: int) -> list[Int[np.ndarray, " _"]]:
