@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vkd import cli_jobs, cli_labels, cli_pairs, cli_parts, cli_plan, cli_probe, cli_retrieval, cli_search, cli_steps, cli_whiten
+from vkd import cli_jobs, cli_labels, cli_parts, cli_plan, cli_probe, cli_similarity, cli_steps
 from vkd.cli_parts import Json, Overrides, RunFile
 from vkd.cli_plan import MaxCost, MaxHours, PriceFile
 from vkd.errors import ConfigError, StorageError, VkdError, redact
@@ -21,8 +21,7 @@ def _with_others(typed: typer.Typer) -> typer.Typer:
     typed.add_typer(cli_labels.app, name="labels")
     typed.add_typer(cli_jobs.app)
     typed.add_typer(cli_jobs.jobs, name="jobs")
-    of_similarity = cli_whiten.whiten, cli_pairs.pairs, cli_search.index, cli_search.search, cli_retrieval.retrieval
-    for verb in (cli_plan.plan, cli_probe.probe, *of_similarity):
+    for verb in (cli_plan.plan, cli_probe.probe, *cli_similarity.VERBS):
         typed.command()(verb)
     return typed
 

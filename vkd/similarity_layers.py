@@ -255,7 +255,10 @@ def load_renamed(module: nn.Module, state_dict: Mapping[str, Tensor], prefixes: 
         module.to(next((value.dtype for value in renamed.values()), None)).load_state_dict(renamed)
     except RuntimeError as error:
         action = "give the architecture that these weights were trained with"
-        raise ConfigError(f"weights of another network: {error}", where=type(module).__name__, action=action) from error
+        _, _, details = str(error).partition("\n")
+        raise ConfigError(
+            f"weights of another network: {' '.join(details.split())[:200]}", where=type(module).__name__, action=action
+        ) from error
 
 
 def _kept(x: Float[Tensor, "b c n m"], mask: Bool[Tensor, "b 1 n m"] | None) -> Float[Tensor, "b c n m"]:

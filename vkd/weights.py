@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
 import struct
@@ -46,7 +47,8 @@ def tensors(data: bytes) -> Any:
     try:
         if data[8:9] == b"{":
             return safetensors.torch.load(data)
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints keep the options of their training
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except _DAMAGED as error:
         raise ValueError(type(error).__name__) from error
 
