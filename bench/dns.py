@@ -46,6 +46,7 @@ from vkd.video.access import Access
 RUNS = Path("runs/dns")
 TRAINED = ("fine1", "fine2", "binary", "coarse", "selector")
 BUDGETS = [step / 20 for step in range(21)]
+SHOWN_BUDGETS = (0.05, 0.1, 0.3)  # of the whole curve, whose ends are coarse and binary
 RESAMPLES = 2000
 RECORDINGS = {"mismatch1": "butterfly", "recording1": "cloudy-sky", "recording3": "butterfly", "recording4": "wind-turbine"}
 Matrix = Float[np.ndarray, "q d"]
@@ -141,6 +142,7 @@ def measure(found: Corpus, fixed: Mapping[str, Matrix], folder: Path, seed: int)
     for name, priority in orders.items():
         curve = [precisions(found, mixed(found, of_coarse, scores["fine binary"], priority, budget)) for budget in BUDGETS]
         result[f"area {name}"] = np.mean(curve, axis=0)
+        result |= {f"{name} at {share:.0%}": curve[BUDGETS.index(share)] for share in SHOWN_BUDGETS}
     return result
 
 

@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
 
 class CosineAttention(nn.Module):
-    """Each vector times (u.x + 1) / 2, which is in [0, 1] while u and x are unit vectors; u starts as one and is used as it is."""
+    """Each vector times (u.x + 1) / 2, which is in [0, 1] while u and x are unit vectors; u is used as it is."""
 
     def __init__(self, num_dims: int) -> None:
         super().__init__()

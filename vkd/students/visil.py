@@ -137,7 +137,7 @@ class VisilHead(Visil):
     masked = False
 
     def __init__(self, num_dims: int = 3840, symmetric: bool = False, size: Size = "paper", padding: Padding = "replicate") -> None:
-        attention = CosineAttention(num_dims)
+        attention = CosineAttention(num_dims)  # a trained one, so its context need not stay a unit vector, as the published one is
         attention.start_even()
         super().__init__(attention, Comparator(_channels(size), padding), symmetric=symmetric)
         self.comparator.start_by_runs(HALVED_TWICE)
