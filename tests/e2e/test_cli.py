@@ -20,7 +20,7 @@ from vkd import cli
 from vkd.label_report import LabelReport
 
 VERBS = ("manifest", "label", "distill", "evaluate", "run", "status", "verify", "export")
-OTHERS = ("plan", "probe", "whiten", "pairs", "index", "search", "submit", "jobs", "labels")
+OTHERS = ("plan", "probe", "whiten", "pairs", "index", "search", "adopt", "retrieval", "submit", "jobs", "labels")
 USER, STORAGE, INTERRUPT = 2, 3, 130
 
 
