@@ -84,9 +84,7 @@ def search(
     index: Annotated[str, typer.Argument(metavar="INDEX", help="A folder that vkd index made.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="A video.")],
     budget: Annotated[str, typer.Option(help="The share of the index that is compared frame by frame.")] = "5%",
-    order: Annotated[
-        str, typer.Option(help="Of which videos: selector, or coarse, those that look most alike; vkd retrieval compares.")
-    ] = ("selector"),
+    order: Annotated[str, typer.Option(help="Of which: selector, or coarse, those most alike; see vkd retrieval.")] = "selector",
     top: Annotated[int, typer.Option(help="How many videos are shown.", min=1)] = 20,
     actors: Annotated[int, typer.Option(help="So many actors of the Ray cluster hold the index between them; 0: this process.", min=0)] = 0,
     match_from: Annotated[float | None, typer.Option(help="The fine score of a match; the index's own unless told.", min=0, max=1)] = None,
